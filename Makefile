@@ -1,0 +1,54 @@
+# Lamina. `make demo` and `make test` are all the set-up there is: each installs what it needs and is missing.
+
+GO          ?= go
+FUZZTIME    ?= 20s
+STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
+PREFIX      ?= /usr/local
+
+# Packages whose tests run under the race detector: the ones that share memory between goroutines on a hot path.
+RACE = ./block/... ./union/...
+
+.PHONY: build test demo bench lint fuzz install uninstall clean
+.DEFAULT_GOAL := build
+
+build:
+	@scripts/ensure.sh build
+	$(GO) build -trimpath -o bin/lamina ./cmd/lamina
+
+test: build
+	@scripts/ensure.sh test
+	@GO="$(GO)" RACE="$(RACE)" scripts/test.sh
+
+demo: build
+	@scripts/ensure.sh demo
+	@scripts/demo
+
+bench: build
+	@scripts/ensure.sh bench
+	@scripts/own.sh bench $(GO) run ./bench/cmd -lamina bin/lamina $(BENCHFLAGS)
+
+# gofmt, vet and staticcheck, each over the whole module; the first that has something to say fails the target.
+lint:
+	@scripts/ensure.sh build
+	@files=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$files" ]; then echo "gofmt -w these:"; echo "$$files"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+
+fuzz:
+	@scripts/ensure.sh build
+	@GO="$(GO)" FUZZTIME="$(FUZZTIME)" scripts/fuzz.sh
+
+# The helper is what `mount -t fuse.lamina` looks for first; without it mount(8) would ask fuse3's mount.fuse.
+install: build
+	install -D -m 0755 bin/lamina $(DESTDIR)$(PREFIX)/bin/lamina
+	mkdir -p $(DESTDIR)/sbin
+	ln -sf $(PREFIX)/bin/lamina $(DESTDIR)/sbin/mount.fuse.lamina
+	@if [ -d man ]; then install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8; \
+	  for p in man/*.[18]; do [ -e "$$p" ] || continue; install -m 0644 "$$p" $(DESTDIR)$(PREFIX)/share/man/man$${p##*.}/; done; fi
+
+uninstall:
+	rm -f $(DESTDIR)/sbin/mount.fuse.lamina $(DESTDIR)$(PREFIX)/bin/lamina
+	rm -f $(DESTDIR)$(PREFIX)/share/man/man?/lamina*.[18]
+
+clean:
+	rm -rf bin

@@ -1,0 +1,53 @@
+#!/bin/sh
+# ensure.sh TARGET: install what `make TARGET` needs and this machine is missing (Debian 12, as root).
+# Prints nothing when nothing is missing.
+set -eu
+
+# command:package pairs.
+build=""
+test="fio:fio setfattr:attr setfacl:acl mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs setquota:quota fusermount3:fuse3 \
+setcap:libcap2-bin sqlite3:sqlite3 losetup:mount tar:tar gcc:gcc ldconfig:libc6-dev"
+bench="mkfs.ext4:e2fsprogs losetup:mount fuse-overlayfs:fuse-overlayfs"
+demo="sqlite3:sqlite3 mkfs.ext4:e2fsprogs losetup:mount"
+
+case "${1:-}" in
+build) want=$build ;;
+test) want=$test ;;
+bench) want=$bench ;;
+demo) want=$demo ;;
+*) echo "usage: ensure.sh build|test|bench|demo" >&2; exit 2 ;;
+esac
+
+PATH=$PATH:/usr/sbin:/sbin:/usr/local/go/bin
+if ! command -v go >/dev/null; then
+	echo "ensure: Go is missing. Install Go 1.26 or newer from https://go.dev/dl/ and put its bin directory in PATH." >&2
+	exit 1
+fi
+
+missing=""
+for pair in $want; do
+	command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
+done
+if [ -n "$missing" ]; then
+	if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+		echo "ensure: missing:$missing. Install these packages, or run make as root on Debian and it will." >&2
+		exit 1
+	fi
+	echo "ensure: installing$missing"
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get update -qq
+	# shellcheck disable=SC2086 # a list of packages
+	apt-get install -y -qq --no-install-recommends $missing >/dev/null
+fi
+
+case "$1" in test | bench | demo)
+	if [ "$(id -u)" != 0 ]; then
+		echo "ensure: make $1 mounts filesystems: run it as root." >&2
+		exit 1
+	fi
+	if [ ! -c /dev/fuse ]; then
+		echo "ensure: /dev/fuse is missing: load the fuse module (modprobe fuse) or start the container with --device /dev/fuse." >&2
+		exit 1
+	fi
+	;;
+esac

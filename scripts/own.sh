@@ -1,0 +1,54 @@
+#!/bin/sh
+# own.sh NAME COMMAND...: run COMMAND with a TMPDIR of its own and, whatever becomes of it, leave nothing behind: no mount
+# below that directory, no loop device on a file in it, no process started with it as TMPDIR. Anything found that COMMAND
+# itself should have cleaned up is named, removed, and makes the exit status 1.
+set -eu
+name=$1
+shift
+run=$(mktemp -d "${TMPDIR:-/tmp}/lamina-$name.XXXXXX")
+export TMPDIR="$run"
+
+mounts() { awk -v d="$run/" 'index($2, d) == 1 { print $2 }' /proc/self/mounts | sort -r; }
+loops() { losetup -n -O NAME,BACK-FILE 2>/dev/null | awk -v d="$run/" 'index($2, d) == 1 { print $1 }'; }
+# Processes are known by their environment, so that nobody else's are ever touched.
+procs() {
+	for p in /proc/[0-9]*; do
+		[ "${p#/proc/}" != $$ ] || continue
+		tr '\0' '\n' <"$p/environ" 2>/dev/null | grep -qxF "TMPDIR=$run" || continue
+		# A zombie and our own pipeline's children hold nothing.
+		exe=$(readlink "$p/exe" 2>/dev/null) || continue
+		case "$exe" in */lamina | */fuse-overlayfs | *.test | */fio) echo "${p#/proc/}" ;; esac
+	done
+}
+
+leaks=0
+sweep() {
+	trap - EXIT INT TERM
+	found_m=$(mounts) found_p=$(procs) found_l=$(loops)
+	if [ -n "$found_m$found_p$found_l" ]; then
+		leaks=1
+		for m in $found_m; do
+			echo "LEAK: still mounted: $m" >&2
+			umount -l "$m" 2>/dev/null || true
+		done
+		for p in $found_p; do
+			echo "LEAK: still running: $p $(tr '\0' ' ' <"/proc/$p/cmdline" 2>/dev/null)" >&2
+			kill -9 "$p" 2>/dev/null || true
+		done
+		for l in $found_l; do
+			echo "LEAK: still attached: $l" >&2
+			losetup -d "$l" 2>/dev/null || true
+		done
+	fi
+	chmod -R u+rwx "$run" 2>/dev/null || true
+	rm -rf --one-file-system "$run" || leaks=1
+}
+trap 'sweep; exit 130' INT
+trap 'sweep; exit 143' TERM
+trap 'sweep' EXIT
+
+status=0
+"$@" || status=$?
+sweep
+[ "$leaks" = 0 ] || { echo "$name: leaked mounts, processes or loop devices (above)" >&2; [ "$status" != 0 ] || status=1; }
+exit "$status"

@@ -1,0 +1,116 @@
+// Package probe tells tests what the running kernel can do. A test that needs a feature calls [Feature.Need]: on a kernel
+// older than the feature's version the test is skipped, on a newer one that lacks it the test fails, so that a skip can
+// never hide a bug.
+package probe
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Feature is something of the kernel's.
+type Feature struct {
+	Name    string
+	Version [2]int                // the first kernel that has it
+	Probe   func(dir string) error // nil if the kernel has it; dir is a scratch directory
+}
+
+// Kernel returns the running kernel's major and minor version.
+func Kernel() ([2]int, error) {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return [2]int{}, err
+	}
+	release := unix.ByteSliceToString(u.Release[:])
+	var v [2]int
+	if _, err := fmt.Sscanf(release, "%d.%d", &v[0], &v[1]); err != nil {
+		return v, fmt.Errorf("kernel release %q: %w", release, err)
+	}
+	return v, nil
+}
+
+// Need skips the test on a kernel older than f, and fails it on a newer one that cannot do f.
+func (f Feature) Need(t testing.TB) {
+	t.Helper()
+	err := f.Probe(t.TempDir())
+	if err == nil {
+		return
+	}
+	have, verr := Kernel()
+	if verr != nil {
+		t.Fatal(verr)
+	}
+	if have[0] < f.Version[0] || have[0] == f.Version[0] && have[1] < f.Version[1] {
+		t.Skipf("%s needs Linux %d.%d (this is %d.%d): %v", f.Name, f.Version[0], f.Version[1], have[0], have[1], err)
+	}
+	t.Fatalf("%s has been in Linux since %d.%d, this is %d.%d, and yet: %v", f.Name, f.Version[0], f.Version[1], have[0], have[1], err)
+}
+
+// Filesystem is the kernel's support for a filesystem type.
+func Filesystem(name string, since [2]int) Feature {
+	return Feature{Name: "filesystem " + name, Version: since, Probe: func(string) error {
+		b, err := os.ReadFile("/proc/filesystems")
+		if err != nil {
+			return err
+		}
+		for line := range strings.SplitSeq(string(b), "\n") {
+			if f := strings.Fields(line); len(f) > 0 && f[len(f)-1] == name {
+				return nil
+			}
+		}
+		return fmt.Errorf("/proc/filesystems does not list %s: load its module (modprobe %s)", name, name)
+	}}
+}
+
+// Features that tests ask for.
+var (
+	Overlayfs = Filesystem("overlay", [2]int{3, 18})
+	XFS       = Filesystem("xfs", [2]int{2, 6})
+
+	// OverlayTmpfile: O_TMPFILE on kernel overlayfs, so that it can be compared.
+	OverlayTmpfile = Feature{Name: "O_TMPFILE on overlayfs", Version: [2]int{6, 1}, Probe: onOverlay(func(merged string) error {
+		fd, err := unix.Open(merged, unix.O_TMPFILE|unix.O_RDWR, 0o600)
+		if err == nil {
+			unix.Close(fd)
+		}
+		return err
+	})}
+	// XattrEscape: trusted.overlay.* set through an overlay mount is stored under an escaped name instead of refused.
+	XattrEscape = Feature{Name: "escaped overlay xattrs", Version: [2]int{6, 7}, Probe: onOverlay(func(merged string) error {
+		return unix.Setxattr(merged, "trusted.overlay.probe", []byte("y"), 0)
+	})}
+	// MmapDirectIO: a shared mapping of a FUSE file opened with O_DIRECT.
+	MmapDirectIO = Feature{Name: "FUSE_DIRECT_IO_ALLOW_MMAP", Version: [2]int{6, 6}, Probe: func(string) error { return nil }}
+	// Passthrough: FUSE hands reads and writes to a backing file.
+	Passthrough = Feature{Name: "FUSE passthrough", Version: [2]int{6, 9}, Probe: func(string) error {
+		v, err := Kernel()
+		if err == nil && (v[0] < 6 || v[0] == 6 && v[1] < 9) {
+			err = fmt.Errorf("Linux %d.%d", v[0], v[1])
+		}
+		return err
+	}}
+)
+
+// onOverlay runs f on the root of a fresh overlay mount.
+func onOverlay(f func(merged string) error) func(dir string) error {
+	return func(dir string) error {
+		for _, d := range []string{"l", "u", "w", "m"} {
+			if err := os.Mkdir(dir+"/"+d, 0o755); err != nil {
+				return err
+			}
+		}
+		opts := fmt.Sprintf("lowerdir=%[1]s/l,upperdir=%[1]s/u,workdir=%[1]s/w", dir)
+		if err := unix.Mount("overlay", dir+"/m", "overlay", 0, opts); err != nil {
+			return err
+		}
+		err := f(dir + "/m")
+		if uerr := unix.Unmount(dir+"/m", 0); err == nil {
+			err = uerr
+		}
+		return err
+	}
+}
