@@ -134,8 +134,8 @@ func (m *T) cleanup() {
 		}
 	}
 	m.Discard()
-	if m.t.Failed() {
-		m.t.Logf("server's last words: %s", m.Log())
+	if log := m.Log(); log != "" && m.t.Failed() {
+		m.t.Logf("server's log: %s", log)
 	}
 	if m.System == rival.Lamina && m.Upper != "" && !m.SkipFsck {
 		m.Fsck()

@@ -15,7 +15,7 @@ import (
 // Feature is something of the kernel's.
 type Feature struct {
 	Name    string
-	Version [2]int                // the first kernel that has it
+	Version [2]int                 // the first kernel that has it
 	Probe   func(dir string) error // nil if the kernel has it; dir is a scratch directory
 }
 
@@ -83,8 +83,6 @@ var (
 	XattrEscape = Feature{Name: "escaped overlay xattrs", Version: [2]int{6, 7}, Probe: onOverlay(func(merged string) error {
 		return unix.Setxattr(merged, "trusted.overlay.probe", []byte("y"), 0)
 	})}
-	// MmapDirectIO: a shared mapping of a FUSE file opened with O_DIRECT.
-	MmapDirectIO = Feature{Name: "FUSE_DIRECT_IO_ALLOW_MMAP", Version: [2]int{6, 6}, Probe: func(string) error { return nil }}
 	// Passthrough: FUSE hands reads and writes to a backing file.
 	Passthrough = Feature{Name: "FUSE passthrough", Version: [2]int{6, 9}, Probe: func(string) error {
 		v, err := Kernel()
