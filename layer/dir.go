@@ -335,6 +335,9 @@ func (d *Dir) applyOverride(path string, st *unix.Stat_t, v []byte, err error) e
 	if err == unix.ENODATA || err == unix.EOPNOTSUPP {
 		return nil
 	}
+	if err == unix.ERANGE {
+		return d.damaged(path, "override_stat is longer than any valid value")
+	}
 	if err != nil {
 		return d.fail("getxattr", path, err)
 	}

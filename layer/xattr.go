@@ -113,14 +113,11 @@ func nonNil(b []byte) []byte {
 
 // eachXattr calls f with every attribute name of an entry, valid only during the call.
 func eachXattr(dirfd int, name string, f func(attr []byte)) error {
-	var small [512]byte
-	buf := small[:]
-	n, err := llistxattr(dirfd, name, buf)
+	buf := xattrBufs.Get().(*[maxXattr]byte)
+	defer xattrBufs.Put(buf)
+	n, err := llistxattr(dirfd, name, buf[:512]) // the kernel allocates as much as it is offered
 	if err == unix.ERANGE {
-		big := xattrBufs.Get().(*[maxXattr]byte)
-		defer xattrBufs.Put(big)
-		buf = big[:]
-		n, err = llistxattr(dirfd, name, buf)
+		n, err = llistxattr(dirfd, name, buf[:])
 	}
 	if err != nil {
 		return err
