@@ -246,13 +246,19 @@ func (m *Mount) Down() error {
 			case <-ctx.Done():
 				return fmt.Errorf("server %d of %s did not exit within a minute of umount", pid, m.Dir)
 			}
-		} else if err := unix.Kill(pid, 0); err == nil {
+		} else if running(pid) {
 			return fmt.Errorf("lamina umount %s returned while its server %d still runs", m.Dir, pid)
 		}
 		return nil
 	default:
 		return unix.Unmount(m.Dir, 0)
 	}
+}
+
+// running says whether the process still lives; one that has exited and waits to be reaped does not.
+func running(pid int) bool {
+	_, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+	return err == nil
 }
 
 // Kill ends the foreground server with SIGKILL and detaches the dead mount.

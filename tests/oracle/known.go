@@ -80,12 +80,12 @@ func (r *run) diffSnapshots(overlay, lamina map[string]string) []string {
 					continue
 				}
 			}
-			diffs = append(diffs, path+"\n    overlayfs: "+want+"\n    lamina:    "+got)
+			diffs = append(diffs, path+"\n    overlayfs: "+want+"\n    subject:   "+got)
 		}
 	}
 	for path, got := range lamina {
 		if _, ok := overlay[path]; !ok {
-			diffs = append(diffs, "only on lamina: "+path+": "+got)
+			diffs = append(diffs, "not on overlayfs: "+path+": "+got)
 		}
 	}
 	return diffs

@@ -84,7 +84,7 @@ func (r *run) play(ops []op) error {
 		want := r.overlay.do(o)
 		got := r.lamina.do(o)
 		if want != got && r.forgiven(o, want, got) == nil {
-			return &mismatch{i, fmt.Sprintf("%v\n    overlayfs: %s\n    lamina:    %s", o, want, got)}
+			return &mismatch{i, fmt.Sprintf("%v\n    overlayfs: %s\n    subject:   %s", o, want, got)}
 		}
 		if i%compareEvery == compareEvery-1 {
 			if err := r.compare(i); err != nil {
@@ -103,7 +103,7 @@ func (r *run) compare(after int) error {
 	}
 	got, err := r.lamina.snapshot()
 	if err != nil {
-		return &mismatch{after, "lamina: " + err.Error()}
+		return &mismatch{after, "subject: " + err.Error()}
 	}
 	if diffs := r.diffSnapshots(want, got); len(diffs) > 0 {
 		slices.Sort(diffs)
