@@ -1,0 +1,284 @@
+package fusefs
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"sync"
+
+	"lamina/union"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// modes is how the kernel has one inode open. It exists while a descriptor does.
+//
+// The kernel keeps an inode in one of three states and refuses, with EIO in the application, an answer to OPEN or
+// CREATE that does not fit (fs/fuse/iomode.c, Linux 6.9):
+//
+//	answer               idle           cached(n)      passthrough(n, B)
+//	plain                cached(1)      cached(n+1)    EIO
+//	passthrough, id B    passthrough    EIO            passthrough(n+1, B)
+//	passthrough, id C    passthrough    EIO            EIO
+//
+// The last release makes the inode idle again, before RELEASE is sent: seen from here the kernel is never behind.
+// A passthrough answer must not carry FOPEN_KEEP_CACHE, and so empties the inode's page cache; nothing fills it while
+// reads go to the backing file. That is why a plain answer may always carry FOPEN_KEEP_CACHE: what the cache holds was
+// read or written through it since the inode was last passed through, and nobody else writes the file.
+//
+// # What passes through
+//
+// A complete file of the upper layer stays what it is, so every descriptor of it passes through, for writing too. A
+// lower file does as long as it is not written: the descriptors given out then cannot be called back, and keep showing
+// the lower's bytes. For an executable image that is what one wants of a file in use; for data it is not, because a
+// program that opened a file before somebody wrote it must see the writing. Hence the policies of [Passthrough].
+//
+// # A write to a passed-through lower file
+//
+// When an open for writing, or a truncation by name, meets such descriptors, the names move to a new node
+// (union.FS.Detach), the old node stays with its readers, and the answer is ESTALE: the VFS looks the name up again and
+// finds the new node, which has the same inode number. A backing id is never carried over to it. Somebody who reopens
+// the old node itself, through /proc/PID/fd, gets the ESTALE.
+type modes struct {
+	refs int // guarded by the shard
+
+	mu       sync.Mutex
+	cached   int
+	passed   int
+	mapped   int               // those of passed that may be written through a shared mapping
+	backing  int32             // while passed > 0
+	kind     union.BackingKind // of backing
+	detached bool              // the names have moved away
+}
+
+// modeTable finds the modes of a node. It is striped so that opens of different files do not meet.
+type modeTable struct {
+	shards [64]struct {
+		sync.Mutex
+		m map[uint64]*modes
+		_ [48]byte // one cache line each
+	}
+}
+
+// hold returns the node's modes, with a reference that drop gives back.
+func (t *modeTable) hold(id uint64) *modes {
+	s := &t.shards[id%uint64(len(t.shards))]
+	s.Lock()
+	defer s.Unlock()
+	m := s.m[id]
+	if m == nil {
+		if s.m == nil {
+			s.m = map[uint64]*modes{}
+		}
+		m = &modes{}
+		s.m[id] = m
+	}
+	m.refs++
+	return m
+}
+
+// peek returns the node's modes with a reference, or nil if no descriptor is open.
+func (t *modeTable) peek(id uint64) *modes {
+	s := &t.shards[id%uint64(len(t.shards))]
+	s.Lock()
+	defer s.Unlock()
+	m := s.m[id]
+	if m != nil {
+		m.refs++
+	}
+	return m
+}
+
+func (t *modeTable) drop(id uint64, m *modes) {
+	s := &t.shards[id%uint64(len(t.shards))]
+	s.Lock()
+	defer s.Unlock()
+	if m.refs--; m.refs == 0 {
+		delete(s.m, id)
+	}
+}
+
+// writes says that an open can change the file's bytes.
+func writes(flags uint32) bool {
+	return flags&unix.O_ACCMODE != unix.O_RDONLY || flags&unix.O_TRUNC != 0
+}
+
+// unionFlags are the open flags that concern the union. The rest is the kernel's: O_APPEND arrives as an offset,
+// O_SYNC as FSYNC, O_DIRECT as unaligned server buffers.
+const unionFlags = unix.O_ACCMODE | unix.O_TRUNC
+
+// open opens n as the kernel asks and fills out. ESTALE: the names of n belong to another node now.
+func (s *server) open(n *union.Node, flags uint32, killPriv bool, out *fuse.OpenOut) error {
+	m := s.modes.hold(n.ID())
+	open := s.openReader
+	if writes(flags) {
+		open = s.openWriter
+	}
+	h, err := open(n, m, flags, out)
+	if err != nil {
+		s.modes.drop(n.ID(), m)
+		return err
+	}
+	if killPriv {
+		if _, err := s.fs.SetAttr(n, union.SetAttr{KillPriv: true}); err != nil {
+			s.release(h)
+			return err
+		}
+	}
+	out.Fh = s.handles.add(h)
+	return nil
+}
+
+// openReader opens for reading only. Readers wait for each other only while they are counted: to open a file of a slow
+// layer may take long.
+func (s *server) openReader(n *union.Node, m *modes, flags uint32, out *fuse.OpenOut) (*handle, error) {
+	uh, err := s.fs.Open(n, flags&unionFlags)
+	if err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.detached {
+		uh.Release()
+		return nil, unix.ESTALE
+	}
+	return s.admit(n, m, uh, flags, out), nil
+}
+
+// openWriter opens for writing, which copies the file up. It holds the lock throughout, so that no reader can be passed
+// through to bytes that are about to change.
+func (s *server) openWriter(n *union.Node, m *modes, flags uint32, out *fuse.OpenOut) (*handle, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := s.beforeWrite(n, m); err != nil {
+		return nil, err
+	}
+	uh, err := s.fs.Open(n, flags&unionFlags)
+	if err != nil {
+		return nil, err
+	}
+	return s.admit(n, m, uh, flags, out), nil
+}
+
+// adopt makes the handle of a file that was just created.
+func (s *server) adopt(n *union.Node, uh *union.Handle, flags uint32, out *fuse.OpenOut) {
+	m := s.modes.hold(n.ID())
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out.Fh = s.handles.add(s.admit(n, m, uh, flags, out))
+}
+
+// beforeWrite makes way for a write to n's bytes: readers that were passed through to the lower file are left behind,
+// and then the answer is ESTALE. The caller holds m.mu.
+func (s *server) beforeWrite(n *union.Node, m *modes) error {
+	if m.detached {
+		return unix.ESTALE
+	}
+	if m.passed == 0 || m.kind != union.BackingLower {
+		return nil
+	}
+	if err := s.fs.Detach(n); err != nil {
+		return err
+	}
+	m.detached = true
+	s.stats.detached.Add(1)
+	s.pruneLater(n.ID())
+	return unix.ESTALE
+}
+
+// admit counts one more descriptor of n and says in out how the kernel is to treat it. The caller holds m.mu and a
+// reference on m, which goes to the handle.
+func (s *server) admit(n *union.Node, m *modes, uh *union.Handle, flags uint32, out *fuse.OpenOut) *handle {
+	h := &handle{Handle: uh, id: n.ID(), modes: m}
+	if m.passed == 0 && m.cached == 0 {
+		s.tryPass(m, uh, flags)
+	}
+	if m.backing != 0 {
+		h.passed = true
+		h.mapped = flags&unix.O_ACCMODE == unix.O_RDWR
+		m.passed++
+		if h.mapped {
+			m.mapped++
+			if m.mapped == 1 {
+				s.dev.invalAttr(h.id) // see attrTimeout
+			}
+		}
+		out.OpenFlags = fuse.FOPEN_PASSTHROUGH | fuse.FOPEN_NOFLUSH
+		out.BackingID = m.backing
+		s.stats.passed.Add(1)
+		return h
+	}
+	m.cached++
+	out.OpenFlags = fuse.FOPEN_KEEP_CACHE
+	if !writes(flags) {
+		// Saves the kernel a look for dirty pages at every close. Writers want it: it is where a failed write-back of
+		// a shared mapping is reported.
+		out.OpenFlags |= fuse.FOPEN_NOFLUSH
+	}
+	s.stats.cached.Add(1)
+	return h
+}
+
+// tryPass registers the backing file of an idle inode if its opens may pass through.
+func (s *server) tryPass(m *modes, uh *union.Handle, flags uint32) {
+	if !s.pass.enabled() {
+		return
+	}
+	fd, kind := uh.Backing()
+	if !s.mayPass(uh, kind, flags) {
+		return
+	}
+	id, err := s.dev.registerBacking(fd)
+	if err != nil {
+		s.pass.failed(err)
+		return
+	}
+	m.backing, m.kind = id, kind
+}
+
+func (s *server) mayPass(uh *union.Handle, kind union.BackingKind, flags uint32) bool {
+	switch kind {
+	case union.BackingUpper:
+		return true
+	case union.BackingLower:
+		if writes(flags) {
+			return false // never: the kernel would open the lower file for writing
+		}
+		return s.opt.Passthrough == PassthroughOn || s.fs.ReadOnly() || isImage(uh)
+	}
+	return false
+}
+
+// isImage says that the file is an ELF object: a program or a library, which gains most from sharing its pages with
+// all containers, and which nobody expects to change in use.
+func isImage(uh *union.Handle) bool {
+	var magic [4]byte
+	n, err := uh.ReadAt(magic[:], 0)
+	return n == len(magic) && (err == nil || errors.Is(err, io.EOF)) && bytes.Equal(magic[:], []byte("\x7fELF"))
+}
+
+// release ends a descriptor. The backing id goes with the last one: the next open may find another file.
+func (s *server) release(h *handle) {
+	m := h.modes
+	m.mu.Lock()
+	if h.passed {
+		m.passed--
+		if h.mapped {
+			m.mapped--
+		}
+		if m.passed == 0 {
+			s.dev.unregisterBacking(m.backing)
+			m.backing, m.kind = 0, union.BackingNone
+		}
+	} else {
+		m.cached--
+	}
+	m.mu.Unlock()
+	h.Release()
+	s.modes.drop(h.id, m)
+}
+
+// pruneLater makes the kernel look up the other names of a detached node again. They are invalidated one by one as they
+// are opened anyway; this is for those that are only looked at.
+func (s *server) pruneLater(id uint64) { go s.dev.prune(id) }
