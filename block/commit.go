@@ -1,0 +1,224 @@
+package block
+
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+)
+
+// Sync completes the InTransit blocks and puts data, table, header and size on disk, in this order. Blocks that cannot
+// be completed do not keep the others from the disk; their error is returned.
+func (f *File) Sync() error {
+	f.commitMu.Lock()
+	defer f.commitMu.Unlock()
+	if f.closed.Load() {
+		return unix.EBADF
+	}
+	synced, err := f.commitLocked()
+	if synced || f.syncErr != nil {
+		return err
+	}
+	return errors.Join(err, f.syncStore())
+}
+
+// commit puts what is not yet there on disk. A file that has nothing new is left alone.
+func (f *File) commit() error {
+	f.commitMu.Lock()
+	defer f.commitMu.Unlock()
+	if f.closed.Load() {
+		return nil
+	}
+	_, err := f.commitLocked()
+	return err
+}
+
+// commitLocked is commit with commitMu held. synced: everything written before the call is on disk.
+//
+// The order is the whole point: a table entry reaches the disk only after the bytes that it speaks for.
+func (f *File) commitLocked() (synced bool, err error) {
+	if f.plain.Load() {
+		return false, nil
+	}
+	if f.syncErr != nil {
+		return false, f.syncErr
+	}
+	copyErr := f.completeAll()
+	size, err := f.stage()
+	if err != nil {
+		return false, errors.Join(copyErr, err)
+	}
+	whole := f.whole()
+	dirty := f.tableDirty()
+	if !whole && !dirty && (f.hdr.Size == naturalSize || f.hdr.Size == size) {
+		return false, copyErr
+	}
+	if err := f.syncStore(); err != nil {
+		return false, errors.Join(copyErr, err)
+	}
+	if whole {
+		if err := f.finish(); err != nil {
+			return false, errors.Join(copyErr, err)
+		}
+		return true, errors.Join(copyErr, f.syncStore())
+	}
+	if err := f.writeTable(size, dirty); err != nil {
+		return false, errors.Join(copyErr, err)
+	}
+	return true, errors.Join(copyErr, f.syncStore())
+}
+
+// syncStore is Store.Sync unless the mount is volatile. Once it has failed nothing says what the disk holds: the table
+// does not advance any more, and every later Sync fails too.
+func (f *File) syncStore() error {
+	if f.e.opts.Volatile {
+		return nil
+	}
+	if f.syncErr != nil {
+		return f.syncErr
+	}
+	if err := f.s.Sync(); err != nil {
+		f.e.fail("syncing the upper file of inode %d: %v", f.ino(), err)
+		if !f.plain.Load() {
+			f.syncErr = err
+		}
+		return err
+	}
+	return nil
+}
+
+// stage tells the table in memory which blocks are Upper, and returns a logical size: everything it speaks of was
+// written before, so the next Sync of the upper file makes it durable.
+func (f *File) stage() (size int64, err error) {
+	f.shape.RLock()
+	defer f.shape.RUnlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.tab.mu.Lock()
+	defer f.tab.mu.Unlock()
+	size = f.size.Load()
+	for n, p := range f.dir.all() {
+		r := p.Load()
+		if !r.dirty.Load() {
+			continue
+		}
+		if f.format != Sparse {
+			err = f.stagePhys(n, r)
+		} else {
+			err = f.stageBits(n, r)
+		}
+		if err != nil {
+			return 0, err
+		}
+		r.dirty.Store(false)
+		if f.format == Sparse && r.runEnd(0, regionBlocks, stateUpper) == regionBlocks {
+			p.Store(fullRegion)
+		}
+	}
+	return size, nil
+}
+
+// tableDirty says whether the table in memory is newer than the one on disk.
+func (f *File) tableDirty() bool {
+	if f.tab.anyDirty() {
+		return true
+	}
+	f.tab.mu.Lock()
+	defer f.tab.mu.Unlock()
+	for _, l := range f.bcow.leaves {
+		if l.dirty {
+			return true
+		}
+	}
+	return false
+}
+
+// whole says whether every block that the lower file shows is Upper, so that a sparse sketch is complete.
+func (f *File) whole() bool {
+	f.shape.RLock()
+	defer f.shape.RUnlock()
+	if f.format != Sparse {
+		return false
+	}
+	blocks := f.blocks()
+	for ; f.fullTo*regionBlocks < blocks; f.fullTo++ {
+		r, err := f.region(f.fullTo)
+		n := min(regionBlocks, blocks-f.fullTo*regionBlocks)
+		if err != nil || r.runEnd(0, n, stateUpper) != n {
+			return false
+		}
+	}
+	return true
+}
+
+// writeTable puts the staged table and a header with size on disk. The data has been synced.
+func (f *File) writeTable(size int64, dirty bool) error {
+	if dirty && f.tab.npages == 0 {
+		if err := f.placeTable(size); err != nil {
+			return err
+		}
+	}
+	err := f.quietly(func() error {
+		if _, err := f.flushLeaves(); err != nil {
+			return err
+		}
+		_, err := f.tab.flush(f.s)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if f.dropped {
+		// Entries were withdrawn behind a size that is now exceeded again: they have to be gone before the header grows.
+		if err := f.syncStore(); err != nil {
+			return err
+		}
+		f.dropped = false
+	}
+	h := f.hdr
+	h.Limit = f.limit
+	if h.Size != naturalSize {
+		h.Size = size
+	}
+	if h == f.hdr {
+		return nil
+	}
+	return f.setHeader(h)
+}
+
+// finish turns a sketch whose bytes all lie at their natural places, on disk, into an ordinary file. Every step leaves
+// a file that recover can finish. The caller holds commitMu, or is alone.
+func (f *File) finish() error {
+	f.shape.Lock()
+	defer f.shape.Unlock()
+	if f.hdr.Size != naturalSize {
+		h := f.hdr
+		h.Complete, h.Size, h.Limit, h.TablePages, h.TablePos = true, f.size.Load(), 0, 0, 0
+		if err := f.setHeader(h); err != nil {
+			return err
+		}
+		if err := f.quietly(func() error { return f.s.Truncate(h.Size) }); err != nil {
+			return err
+		}
+	}
+	return f.becomePlain()
+}
+
+// becomePlain takes the last steps of a completion. The caller holds commitMu and shape, or is alone.
+func (f *File) becomePlain() error {
+	if !f.hdr.Kernel {
+		if err := f.s.SetOrigin(f.hdr.Ident.Origin()); err != nil {
+			return err
+		}
+	}
+	if err := f.s.RemoveHeader(); err != nil {
+		return err
+	}
+	f.plain.Store(true)
+	f.e.complete.Add(1)
+	f.closeLower()
+	f.mu.Lock()
+	f.e.inTransit.Add(-int64(len(f.transit)))
+	f.transit, f.dir, f.bcow.leaves = nil, directory{}, nil
+	f.mu.Unlock()
+	return nil
+}

@@ -1,0 +1,255 @@
+package block
+
+import (
+	"fmt"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	defaultBlockSize   = 4096
+	defaultWorkers     = 2
+	defaultSettleDelay = 5 * time.Second
+	// maxWaiting files that wait to be settled make the engine start without delay.
+	maxWaiting = 1024
+)
+
+// Options of an Engine. The zero value is what a mount without options gets.
+type Options struct {
+	Format      Format        // of new sketches; 0: Sparse
+	BlockSize   int           // bytes, a power of two from 4096 to 1 MiB; 0: 4096. BCoW has 4096 always; BCoWSingle takes it as the least
+	CaW         CaW           // zero value: eager
+	Fill        Fill          // zero value: none
+	Volatile    bool          // never sync
+	Workers     int           // background copiers; 0: 2
+	SettleDelay time.Duration // from the last close to the table on disk; 0: 5 s
+	// Logf receives one line per event that an operator must know of; nil: nobody is told.
+	Logf func(format string, args ...any)
+}
+
+// check returns the options with defaults filled in.
+func (o Options) check() (Options, error) {
+	if o.Format == 0 {
+		o.Format = Sparse
+	}
+	if o.BlockSize == 0 {
+		o.BlockSize = defaultBlockSize
+	}
+	if o.Workers <= 0 {
+		o.Workers = defaultWorkers
+	}
+	if o.SettleDelay <= 0 {
+		o.SettleDelay = defaultSettleDelay
+	}
+	if o.Logf == nil {
+		o.Logf = func(string, ...any) {}
+	}
+	if o.BlockSize < 1<<minBlockShift || o.BlockSize > 1<<maxBlockShift || bits.OnesCount(uint(o.BlockSize)) != 1 {
+		return o, fmt.Errorf("block_size=%d: not a power of two from 4096 to 1048576", o.BlockSize)
+	}
+	if o.Format == BCoW && o.BlockSize != defaultBlockSize {
+		return o, fmt.Errorf("block_size=%d: two-level bcow has blocks of 4096 bytes", o.BlockSize)
+	}
+	return o, nil
+}
+
+// Validate says whether an Engine can be made of the options, naming the one that is wrong.
+func (o Options) Validate() error {
+	_, err := o.check()
+	return err
+}
+
+// Stats is what `lamina status` shows of one mount.
+type Stats struct {
+	Files            int64 // open
+	Sketches         int64 // open and not complete
+	Lower            int64 // blocks of the open sketches, by state
+	InTransit        int64
+	Upper            int64
+	Queue            int64 // files that wait for the copier
+	Settling         int64 // closed files whose tables are not yet on disk
+	BytesNotCopied   int64 // of lower files, which copying them up whole would have copied
+	BytesCopied      int64
+	Errors           int64 // failed copies, syncs and settlements; damage found
+	SketchesCreated  int64
+	SketchesComplete int64 // turned into ordinary files
+}
+
+// Engine serves the sketches of one mount: copier workers, the settler, statistics.
+type Engine struct {
+	opts Options
+
+	mu      sync.Mutex
+	wake    *sync.Cond // copier: queue or closing changed
+	files   map[*File]struct{}
+	queue   []*File
+	waiting []waiting // settler, in the order of their deadlines
+	closing bool
+	settle  chan struct{} // settler: waiting or closing changed
+	wg      sync.WaitGroup
+
+	inTransit                                           atomic.Int64
+	created, createdBytes, copied, copiedInto, complete atomic.Int64
+	errs                                                atomic.Int64
+}
+
+// NewEngine starts the workers of one mount. It panics on options that Validate refuses.
+func NewEngine(o Options) *Engine {
+	opts, err := o.check()
+	if err != nil {
+		panic("block: " + err.Error())
+	}
+	e := &Engine{opts: opts, files: make(map[*File]struct{}), settle: make(chan struct{}, 1)}
+	e.wake = sync.NewCond(&e.mu)
+	for range opts.Workers {
+		e.wg.Go(e.copyLoop)
+	}
+	e.wg.Go(e.settleLoop)
+	return e
+}
+
+// fail counts an error and tells the operator.
+func (e *Engine) fail(format string, args ...any) {
+	e.errs.Add(1)
+	e.opts.Logf(format, args...)
+}
+
+// enqueue gives f's InTransit blocks to the copier, unless it has them already.
+func (e *Engine) enqueue(f *File) {
+	if f.queued.Swap(true) {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closing || f.closed.Load() {
+		f.queued.Store(false)
+		return
+	}
+	e.queue = append(e.queue, f)
+	e.wake.Signal()
+}
+
+// copyLoop is one copier.
+func (e *Engine) copyLoop() {
+	for {
+		e.mu.Lock()
+		for len(e.queue) == 0 && !e.closing {
+			e.wake.Wait()
+		}
+		if e.closing {
+			e.mu.Unlock()
+			return
+		}
+		f := e.queue[0]
+		e.queue = e.queue[1:]
+		e.mu.Unlock()
+		if e.inTransit.Load() < hurryBlocks {
+			time.Sleep(copyDelay)
+		}
+		f.queued.Store(false)
+		f.copyQueued()
+	}
+}
+
+// Create makes an empty sketch of the lower file id in an empty upper file: header and length, nothing else. EFBIG: the
+// file is larger than a sketch of this format can be, and has to be copied.
+func (e *Engine) Create(s Store, id Ident) error {
+	h := Header{Format: e.opts.Format, BlockSize: e.opts.BlockSize, Ident: id, Limit: id.Size, Size: naturalSize}
+	if h.Format == BCoWSingle {
+		h.BlockSize = singleBlockSize(id.Size, h.BlockSize)
+	}
+	if id.Size < 0 || id.Size > maxBlocks*int64(h.BlockSize) {
+		return fmt.Errorf("a sketch of %d bytes: %w", id.Size, unix.EFBIG)
+	}
+	if h.Format != Sparse {
+		h.Size = id.Size
+		h.TablePages = tablePages(h.Format, ceilDiv(id.Size, int64(h.BlockSize)))
+	}
+	if err := s.SetHeader(h.encode()); err != nil {
+		return err
+	}
+	if h.Format == Sparse && id.Size > 0 {
+		if err := s.Truncate(id.Size); err != nil {
+			return err
+		}
+	}
+	e.created.Add(1)
+	e.createdBytes.Add(id.Size)
+	return nil
+}
+
+// singleEntries is the fixed length of a single-level table.
+const singleEntries = 65536
+
+// singleBlockSize is the least power of two, not under least, with which singleEntries blocks hold size bytes.
+func singleBlockSize(size int64, least int) int {
+	bs := least
+	for bs < 1<<maxBlockShift && int64(bs)*singleEntries < size {
+		bs *= 2
+	}
+	return bs
+}
+
+// tablePages is how many pages a bcow table needs for so many blocks.
+func tablePages(f Format, blocks int64) int64 {
+	if f == BCoWSingle {
+		blocks = max(blocks, singleEntries)
+	}
+	return max(1, ceilDiv(blocks, entriesPerPage(f)))
+}
+
+// Stats reads the tables of all open sketches: not for every second.
+func (e *Engine) Stats() Stats {
+	e.mu.Lock()
+	files := make([]*File, 0, len(e.files))
+	for f := range e.files {
+		files = append(files, f)
+	}
+	st := Stats{Files: int64(len(files)), Queue: int64(len(e.queue)), Settling: int64(len(e.waiting))}
+	e.mu.Unlock()
+	for _, f := range files {
+		if !f.Sketch() {
+			continue
+		}
+		st.Sketches++
+		l, t, u := f.States()
+		st.Lower, st.InTransit, st.Upper = st.Lower+l, st.InTransit+t, st.Upper+u
+	}
+	st.BytesCopied = e.copied.Load()
+	st.BytesNotCopied = max(0, e.createdBytes.Load()-st.BytesCopied)
+	st.Errors = e.errs.Load()
+	st.SketchesCreated, st.SketchesComplete = e.created.Load(), e.complete.Load()
+	return st
+}
+
+// Close settles every open File, stops the workers and returns the first error. The Files stay open: close them after.
+func (e *Engine) Close() error {
+	e.mu.Lock()
+	if e.closing {
+		e.mu.Unlock()
+		return nil
+	}
+	e.closing = true
+	e.wake.Broadcast()
+	e.mu.Unlock()
+	e.nudge()
+	e.wg.Wait()
+
+	first := e.settleRest()
+	e.mu.Lock()
+	files := make([]*File, 0, len(e.files))
+	for f := range e.files {
+		files = append(files, f)
+	}
+	e.mu.Unlock()
+	for _, f := range files {
+		if err := f.commit(); err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
+}

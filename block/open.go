@@ -1,0 +1,169 @@
+package block
+
+import (
+	"math"
+
+	"golang.org/x/sys/unix"
+)
+
+// unbounded is File.bound while there is no table.
+const unbounded = math.MaxInt64
+
+// Open returns the File over an upper file, a sketch or an ordinary one, and owns s from then on, also when it fails.
+// lower is called when a block of the lower file is first needed, and again only if it failed; the identity of what it
+// returns is checked. It is never called for complete files.
+func (e *Engine) Open(s Store, lower func() (Lower, error)) (*File, error) {
+	f, err := e.openFile(s, lower, false)
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	e.mu.Lock()
+	e.files[f] = struct{}{}
+	e.mu.Unlock()
+	return f, nil
+}
+
+func (e *Engine) openFile(s Store, lower func() (Lower, error), readOnly bool) (*File, error) {
+	f := &File{e: e, s: s, open: lower, readOnly: readOnly}
+	b, err := s.Header()
+	if err != nil {
+		return nil, err
+	}
+	if b == nil {
+		f.plain.Store(true)
+		return f, nil
+	}
+	h, err := ParseHeader(b)
+	if err != nil {
+		return nil, err
+	}
+	st, err := s.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if h.Complete && readOnly {
+		h.Limit, h.TablePages = 0, 0
+	}
+	if err := f.initSketch(h, st.Size); err != nil {
+		return nil, err
+	}
+	if readOnly {
+		return f, nil
+	}
+	return f, f.recover()
+}
+
+// recover finishes what a crash interrupted between the steps of a completion or of a truncation without a table.
+func (f *File) recover() error {
+	switch {
+	case f.hdr.Complete:
+		return f.finish()
+	case f.format == Sparse && f.hdr.TablePages == 0 && f.hdr.Size != naturalSize:
+		if err := f.quietly(func() error { return f.s.Truncate(f.hdr.Size) }); err != nil {
+			return err
+		}
+		f.tailClean = true
+		h := f.hdr
+		h.Size = naturalSize
+		return f.setHeader(h)
+	}
+	return nil
+}
+
+// setHeader puts h on disk. The caller holds commitMu, or is alone.
+func (f *File) setHeader(h Header) error {
+	if h.Kernel {
+		// The first header of our own over kernel overlayfs's: now the lower file's identity is recorded.
+		l, err := f.lowerFor()
+		if err != nil {
+			return err
+		}
+		h.Kernel = false
+		h.Ident = Ident{Size: l.stat.Size, MtimeNS: l.stat.Mtim.Nano(), Ino: l.stat.Ino}
+		if fs, ok := l.Lower.(FSer); ok {
+			h.Ident.FS = fs.FS()
+		}
+	}
+	if err := f.s.SetHeader(h.encode()); err != nil {
+		return err
+	}
+	f.hdr = h
+	return nil
+}
+
+// Close puts the table on disk and closes the file. If that fails the File stays open, so that nothing written is lost:
+// call Close again, or Abandon it.
+func (f *File) Close() error {
+	if !f.readOnly {
+		if err := f.commit(); err != nil {
+			return err
+		}
+	}
+	return f.Abandon()
+}
+
+// Abandon closes the file as it is: what no Sync, Settle or Close has put on disk falls back to the lower file.
+func (f *File) Abandon() error {
+	f.commitMu.Lock()
+	defer f.commitMu.Unlock()
+	f.shape.Lock()
+	defer f.shape.Unlock()
+	if f.closed.Swap(true) {
+		return nil
+	}
+	f.e.inTransit.Add(-int64(len(f.transit)))
+	f.transit = nil
+	f.e.mu.Lock()
+	delete(f.e.files, f)
+	f.e.mu.Unlock()
+	f.closeLower()
+	return f.s.Close()
+}
+
+func (f *File) closeLower() {
+	f.lower.Lock()
+	defer f.lower.Unlock()
+	if l := f.lower.file.Swap(nil); l != nil {
+		if err := l.Close(); err != nil {
+			f.e.fail("closing a lower file: %v", err)
+		}
+	}
+	f.lower.failed = unix.EBADF
+}
+
+// sketchLower is a sketch of a lower layer, read as the Lower of the sketch above.
+type sketchLower struct{ *File }
+
+var _ Lower = sketchLower{}
+
+// readers is the engine of the files that OpenReadOnly opens: nothing is ever queued there.
+var readers = &Engine{opts: Options{Logf: func(string, ...any) {}}, files: make(map[*File]struct{})}
+
+// OpenReadOnly opens a sketch of a lower layer, or an ordinary file, as the Lower of the sketch above it: chains of
+// layers are resolved link by link. It never writes. It owns s, also when it fails.
+func OpenReadOnly(s Store, lower func() (Lower, error)) (Lower, error) {
+	f, err := readers.openFile(s, lower, true)
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	return sketchLower{f}, nil
+}
+
+// SeekData returns the first extent with data at or after off.
+func (l sketchLower) SeekData(off int64) (start, end int64, err error) {
+	if start, err = l.Seek(off, unix.SEEK_DATA); err != nil {
+		return 0, 0, err
+	}
+	end, err = l.Seek(start, unix.SEEK_HOLE)
+	return start, end, err
+}
+
+// FD is offered for passthrough where the file is an ordinary one; -1 otherwise.
+func (l sketchLower) FD() int {
+	if fd, ok := l.Plain(); ok {
+		return fd
+	}
+	return -1
+}
