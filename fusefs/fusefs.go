@@ -5,7 +5,7 @@
 // Lamina alone changes its tree, so the kernel may keep everything it was told: names (also absent ones), attributes,
 // link targets, directories and file pages have no time limit. What makes them invalid is always an operation that came
 // through this mount, and the kernel invalidates its caches itself when it sends one. The exceptions are listed where
-// they are dealt with: [server.attrTimeout] and iomode.go.
+// they are dealt with: iomode.go.
 //
 // # Messages that are never sent
 //

@@ -5,15 +5,18 @@ import (
 	"sync/atomic"
 
 	"lamina/union"
+
+	"golang.org/x/sys/unix"
 )
 
 // handle is one open file description of the kernel's.
 type handle struct {
 	*union.Handle
-	id     uint64 // of the node
-	modes  *modes
-	passed bool // reads and writes do not come here
-	mapped bool // passed, and may be written through a shared mapping
+	id       uint64 // of the node
+	modes    *modes
+	passed   bool          // reads and writes do not come here
+	mappable bool          // passed, and can be written through a shared mapping
+	mtime    unix.Timespec // when mappable: of the backing file when it was opened
 }
 
 const handleChunk = 512

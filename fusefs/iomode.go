@@ -46,7 +46,6 @@ type modes struct {
 	mu       sync.Mutex
 	cached   int
 	passed   int
-	mapped   int               // those of passed that may be written through a shared mapping
 	backing  int32             // while passed > 0
 	kind     union.BackingKind // of backing
 	detached bool              // the names have moved away
@@ -75,18 +74,6 @@ func (t *modeTable) hold(id uint64) *modes {
 		s.m[id] = m
 	}
 	m.refs++
-	return m
-}
-
-// peek returns the node's modes with a reference, or nil if no descriptor is open.
-func (t *modeTable) peek(id uint64) *modes {
-	s := &t.shards[id%uint64(len(t.shards))]
-	s.Lock()
-	defer s.Unlock()
-	m := s.m[id]
-	if m != nil {
-		m.refs++
-	}
 	return m
 }
 
@@ -196,13 +183,9 @@ func (s *server) admit(n *union.Node, m *modes, uh *union.Handle, flags uint32, 
 	}
 	if m.backing != 0 {
 		h.passed = true
-		h.mapped = flags&unix.O_ACCMODE == unix.O_RDWR
 		m.passed++
-		if h.mapped {
-			m.mapped++
-			if m.mapped == 1 {
-				s.dev.invalAttr(h.id) // see attrTimeout
-			}
+		if flags&unix.O_ACCMODE == unix.O_RDWR {
+			h.mtime, h.mappable = mtimeOf(uh)
 		}
 		out.OpenFlags = fuse.FOPEN_PASSTHROUGH | fuse.FOPEN_NOFLUSH
 		out.BackingID = m.backing
@@ -260,13 +243,11 @@ func isImage(uh *union.Handle) bool {
 
 // release ends a descriptor. The backing id goes with the last one: the next open may find another file.
 func (s *server) release(h *handle) {
+	s.noticeMapping(h)
 	m := h.modes
 	m.mu.Lock()
 	if h.passed {
 		m.passed--
-		if h.mapped {
-			m.mapped--
-		}
 		if m.passed == 0 {
 			s.dev.unregisterBacking(m.backing)
 			m.backing, m.kind = 0, union.BackingNone
@@ -277,6 +258,31 @@ func (s *server) release(h *handle) {
 	m.mu.Unlock()
 	h.Release()
 	s.modes.drop(h.id, m)
+}
+
+// noticeMapping makes the kernel ask for the attributes again if the file's bytes changed while h was open. The kernel
+// sees what is written with write(2) itself, but what is written through a shared mapping of the backing file changes
+// that file's times only.
+func (s *server) noticeMapping(h *handle) {
+	if !h.mappable {
+		return
+	}
+	if mtime, ok := mtimeOf(h.Handle); ok && mtime != h.mtime {
+		s.dev.invalAttr(h.id)
+	}
+}
+
+// mtimeOf gives the modification time of a passed-through file; false if it has no backing file.
+func mtimeOf(uh *union.Handle) (unix.Timespec, bool) {
+	fd, kind := uh.Backing()
+	if kind == union.BackingNone {
+		return unix.Timespec{}, false
+	}
+	var st unix.Stat_t
+	if unix.Fstat(fd, &st) != nil {
+		return unix.Timespec{}, false
+	}
+	return st.Mtim, true
 }
 
 // pruneLater makes the kernel look up the other names of a detached node again. They are invalidated one by one as they

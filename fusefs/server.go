@@ -86,27 +86,6 @@ func (s *server) fillAttr(a *fuse.Attr, st *union.Attr) {
 	}
 }
 
-// attrTimeout says how long, in seconds, the kernel may keep a node's attributes: for ever, but not while the file may
-// be written through a shared mapping of its backing file, which the kernel does not notice.
-func (s *server) attrTimeout(id uint64) uint64 {
-	m := s.modes.peek(id)
-	if m == nil {
-		return forever
-	}
-	defer s.modes.drop(id, m)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.mapped > 0 {
-		return 0
-	}
-	return forever
-}
-
-func (s *server) fillAttrOut(n *union.Node, st *union.Attr, out *fuse.AttrOut) {
-	s.fillAttr(&out.Attr, st)
-	out.AttrValid = s.attrTimeout(n.ID())
-}
-
 // entry describes a node that the kernel was just given a reference on. On an error it takes the reference back.
 func (s *server) entry(n *union.Node, out *fuse.EntryOut) error {
 	st, err := s.fs.Attr(n)
@@ -117,7 +96,7 @@ func (s *server) entry(n *union.Node, out *fuse.EntryOut) error {
 	s.fillAttr(&out.Attr, &st)
 	out.NodeId = n.ID()
 	out.EntryValid = forever
-	out.AttrValid = s.attrTimeout(n.ID())
+	out.AttrValid = forever
 	return nil
 }
 
@@ -254,7 +233,8 @@ func (s *server) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOu
 	}
 	st, err := s.fs.Attr(n)
 	if err == nil {
-		s.fillAttrOut(n, &st, out)
+		s.fillAttr(&out.Attr, &st)
+		out.AttrValid = forever
 	}
 	return s.status(err)
 }
@@ -271,7 +251,8 @@ func (s *server) SetAttr(_ <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOu
 	}
 	st, err := s.setAttr(n, in, want)
 	if err == nil {
-		s.fillAttrOut(n, &st, out)
+		s.fillAttr(&out.Attr, &st)
+		out.AttrValid = forever
 	}
 	return s.status(err)
 }

@@ -1,0 +1,84 @@
+package fusefs
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"lamina/block"
+	"lamina/layer"
+	"lamina/union"
+)
+
+// rig is one mount of one test.
+type rig struct {
+	*Server
+	t                 testing.TB
+	fs                *union.FS
+	lower, upper, mnt string
+	lowers            []string
+	lines             []string
+}
+
+// newRig mounts a union of one lower layer, filled by fill, and an upper layer unless opt.ReadOnly.
+func newRig(t testing.TB, opt Options, fill func(lower string)) *rig {
+	t.Helper()
+	base := t.TempDir()
+	for _, d := range []string{base, filepath.Dir(base)} { // for actors under other users
+		must(t, os.Chmod(d, 0o755))
+	}
+	r := &rig{t: t, lower: base + "/lower", upper: base + "/upper", mnt: base + "/mnt"}
+	for _, d := range []string{r.lower, r.upper, base + "/work", r.mnt} {
+		must(t, os.Mkdir(d, 0o777))
+	}
+	if fill != nil {
+		fill(r.lower)
+	}
+	r.fs = openUnion(t, r.lower, r.upper, base+"/work", opt.ReadOnly)
+	r.mount(opt)
+	return r
+}
+
+func (r *rig) mount(opt Options) {
+	r.t.Helper()
+	opt.AllowOther = true
+	if opt.Logf == nil {
+		opt.Logf = r.t.Logf
+	}
+	s, err := Mount(r.fs, r.mnt, opt)
+	if err != nil {
+		must(r.t, r.fs.Close())
+		r.t.Fatal(err)
+	}
+	r.Server = s
+	r.t.Cleanup(func() {
+		if err := s.Unmount(); err != nil {
+			r.t.Errorf("%v", err)
+			abandon(r.t, r.mnt)
+			return
+		}
+		if n := s.srv.handles.open(); n != 0 {
+			r.t.Errorf("%d handles were not released", n)
+		}
+		must(r.t, r.fs.Close())
+	})
+}
+
+func openUnion(t testing.TB, lower, upper, work string, readOnly bool) *union.FS {
+	t.Helper()
+	low, err := layer.OpenDir(lower, layer.Options{ReadOnly: true})
+	must(t, err)
+	cfg := union.Config{Lowers: []layer.Layer{low}, Engine: block.NewEngine(block.Options{Logf: t.Logf}),
+		CopyUp: union.CopyUpBlock, Redirect: true, Follow: true, Index: true, Logf: t.Logf}
+	if !readOnly {
+		cfg.Upper, err = layer.OpenDir(upper, layer.Options{})
+		must(t, err)
+		cfg.Work, err = layer.OpenDir(work, layer.Options{})
+		must(t, err)
+	}
+	fs, err := union.New(cfg)
+	must(t, err)
+	return fs
+}
+
+func (r *rig) path(name string) string { return r.mnt + "/" + name }
