@@ -13,10 +13,11 @@ func FlattenTo(dst, s Store, lower func() (Lower, error)) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(copyData(dst, src), src.Close())
+	return errors.Join(CopyAll(dst, src), src.Close())
 }
 
-func copyData(dst Store, src Lower) error {
+// CopyAll writes the whole of src into the empty file dst, holes staying holes, and syncs it.
+func CopyAll(dst Store, src Lower) error {
 	st, err := src.Stat()
 	if err != nil {
 		return err

@@ -1,0 +1,286 @@
+package union
+
+import (
+	"errors"
+	"time"
+
+	"lamina/block"
+	"lamina/layer"
+
+	"golang.org/x/sys/unix"
+)
+
+// Attr is stat. Ino is the union's own number; Dev is not set: the mount has one.
+func (fs *FS) Attr(n *Node) (Attr, error) {
+	fs.tree.RLock()
+	defer fs.tree.RUnlock()
+	return fs.attr(n)
+}
+
+func (fs *FS) attr(n *Node) (Attr, error) {
+	st, err := fs.rawAttr(n)
+	if err != nil {
+		return st, err
+	}
+	st.Ino = n.ino
+	return st, nil
+}
+
+func (fs *FS) rawAttr(n *Node) (Attr, error) {
+	if c := n.cur.Load(); c != nil && c.file != nil {
+		st, err := c.file.Stat()
+		if err == nil && fs.upper.Override() != layer.OverrideNone {
+			st, err = fs.overridden(c.file, st)
+		}
+		if err == nil {
+			st.Nlink = fs.nlink(n, &st)
+		}
+		return st, err
+	}
+	if n.dead {
+		return n.last, nil
+	}
+	if !n.upper {
+		ref := n.stack[0]
+		st, err := fs.lowers[ref.layer].Stat(ref.path)
+		if err == nil && ref.sketch {
+			st.Size = n.size
+			st.Blocks = max(st.Blocks, fs.lowerBlocks(n.stack[1:]))
+		}
+		if err == nil && isDir(st.Mode) && len(n.stack) > 1 {
+			st.Nlink = 1
+		}
+		return st, err
+	}
+	d, path, err := fs.upperAt(n)
+	if err != nil {
+		return Attr{}, err
+	}
+	st, err := d.Stat(path)
+	if err != nil {
+		return st, err
+	}
+	if isDir(st.Mode) {
+		if len(n.stack) > 0 {
+			st.Nlink = 1 // a merged directory does not count its subdirectories, as kernel overlayfs's does not
+		}
+		return st, nil
+	}
+	n.mu.Lock()
+	if n.sketch {
+		st.Size = n.size
+		st.Blocks = max(st.Blocks, fs.lowerBlocks(n.stack))
+	}
+	n.mu.Unlock()
+	st.Nlink = fs.nlink(n, &st)
+	return st, nil
+}
+
+// overridden asks the layer for owner and mode where they are not the inode's.
+func (fs *FS) overridden(f *block.File, st Attr) (Attr, error) {
+	fd, _ := f.Plain()
+	o, err := fs.upper.FStat(fd)
+	st.Mode, st.Uid, st.Gid, st.Rdev = o.Mode, o.Uid, o.Gid, o.Rdev
+	return st, err
+}
+
+// lowerBlocks is what the lower file of a sketch has allocated. GNU tar takes st_blocks == 0 for a file without data.
+func (fs *FS) lowerBlocks(stack []lowerRef) int64 {
+	var blocks int64
+	for _, ref := range stack {
+		if st, err := fs.lowers[ref.layer].Stat(ref.path); err == nil {
+			blocks = max(blocks, st.Blocks)
+		}
+	}
+	return blocks
+}
+
+func (fs *FS) nlink(n *Node, st *Attr) uint64 {
+	if n.dead {
+		return 0
+	}
+	if n.indexed {
+		return uint64(int64(st.Nlink) + n.delta)
+	}
+	return st.Nlink
+}
+
+// SetAttr changes attributes, copying the file up without its data if it is a lower one.
+func (fs *FS) SetAttr(n *Node, s SetAttr) (Attr, error) {
+	if err := fs.copyUp(n, s.Size != nil && *s.Size == 0); err != nil {
+		return Attr{}, err
+	}
+	if s.Size != nil {
+		if err := fs.resize(n, *s.Size, s.KillPriv); err != nil {
+			return Attr{}, err
+		}
+	}
+	fs.tree.RLock()
+	defer fs.tree.RUnlock()
+	if err := fs.setMeta(n, &s); err != nil {
+		return Attr{}, err
+	}
+	return fs.attr(n)
+}
+
+func (fs *FS) resize(n *Node, size int64, killPriv bool) error {
+	if !isReg(n.mode) {
+		return unix.EINVAL
+	}
+	if err := fs.dropPriv(n, killPriv); err != nil {
+		return err
+	}
+	if err := fs.acquire(n); err != nil {
+		return err
+	}
+	h := &Handle{n: n}
+	defer h.Release()
+	return h.truncate(size)
+}
+
+// setMeta changes owner, mode and times of an upper object. A change of owner drops set-id bits, so it comes first. The
+// caller holds tree.
+func (fs *FS) setMeta(n *Node, s *SetAttr) error {
+	u, err := fs.object(n)
+	if err != nil {
+		return err
+	}
+	if s.UID != nil || s.GID != nil {
+		if err := u.chown(orKeep(s.UID), orKeep(s.GID)); err != nil {
+			return err
+		}
+	}
+	if s.Mode != nil {
+		n.privClean.Store(false)
+		if err := u.chmod(*s.Mode & 0o7777); err != nil {
+			return err
+		}
+	}
+	if s.Atime != nil || s.Mtime != nil {
+		at, mt := orOmit(s.Atime), orOmit(s.Mtime)
+		if c := n.cur.Load(); c != nil && c.file != nil {
+			return c.file.SetTimes(at, mt) // so that no copy in the background puts older ones back
+		}
+		return u.utimes(at, mt)
+	}
+	return nil
+}
+
+func orKeep(id *uint32) int {
+	if id == nil {
+		return -1
+	}
+	return int(*id)
+}
+
+func orOmit(t *unix.Timespec) unix.Timespec {
+	if t == nil {
+		return unix.Timespec{Nsec: unix.UTIME_OMIT}
+	}
+	return *t
+}
+
+func nowTimespec() unix.Timespec { return unix.NsecToTimespec(time.Now().UnixNano()) }
+
+// dropPriv does what the kernel does before a write by somebody without privileges: capabilities go with any write,
+// set-id bits if kill says so (setgid only on a group-executable file, otherwise it means mandatory locking).
+func (fs *FS) dropPriv(n *Node, kill bool) error {
+	fs.tree.RLock()
+	defer fs.tree.RUnlock()
+	if !n.upper {
+		return nil
+	}
+	u, err := fs.object(n)
+	if err != nil {
+		return err
+	}
+	if err := u.removexattr("security.capability"); err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.EOPNOTSUPP) {
+		return err
+	}
+	st, err := u.stat()
+	if err != nil {
+		return err
+	}
+	mode := st.Mode & 0o7777
+	drop := uint32(0)
+	if kill {
+		drop = mode & unix.S_ISUID
+		if mode&unix.S_IXGRP != 0 {
+			drop |= mode & unix.S_ISGID
+		}
+	}
+	if drop != 0 {
+		if err := u.chmod(mode &^ drop); err != nil {
+			return err
+		}
+	}
+	n.privClean.Store(mode&^drop&(unix.S_ISUID|unix.S_ISGID) == 0)
+	return nil
+}
+
+// object reaches a node's upper object: by its path, or by its descriptor when it has no name left.
+type object struct {
+	d    *layer.Dir
+	path string
+	fd   int
+}
+
+// object finds the node's upper object. The caller holds tree.
+func (fs *FS) object(n *Node) (object, error) {
+	if n.dead || !n.upper {
+		c := n.cur.Load()
+		if c == nil || c.file == nil {
+			return object{}, unix.ESTALE
+		}
+		fd, _ := c.file.Plain()
+		return object{d: fs.upper, fd: fd}, nil
+	}
+	d, path, err := fs.upperAt(n)
+	if c := n.cur.Load(); errors.Is(err, unix.ESTALE) && c != nil && c.file != nil {
+		fd, _ := c.file.Plain() // its names are there, but this mount has not looked them up
+		return object{d: fs.upper, fd: fd}, nil
+	}
+	return object{d: d, path: path, fd: -1}, err
+}
+
+func (o object) chown(uid, gid int) error {
+	if o.fd >= 0 {
+		return o.d.FChown(o.fd, uid, gid)
+	}
+	return o.d.Chown(o.path, uid, gid)
+}
+
+func (o object) chmod(mode uint32) error {
+	if o.fd >= 0 {
+		return o.d.FChmod(o.fd, mode)
+	}
+	return o.d.Chmod(o.path, mode)
+}
+
+func (o object) utimes(at, mt unix.Timespec) error {
+	if o.fd >= 0 {
+		return futimens(o.fd, at, mt)
+	}
+	return o.d.Utimes(o.path, [2]unix.Timespec{at, mt})
+}
+
+func (o object) stat() (unix.Stat_t, error) {
+	if o.fd >= 0 {
+		return o.d.FStat(o.fd)
+	}
+	return o.d.Stat(o.path)
+}
+
+func (o object) setxattr(name string, v []byte, flags int) error {
+	if o.fd >= 0 {
+		return unix.Fsetxattr(o.fd, name, v, flags)
+	}
+	return o.d.Setxattr(o.path, name, v, flags)
+}
+
+func (o object) removexattr(name string) error {
+	if o.fd >= 0 {
+		return unix.Fremovexattr(o.fd, name)
+	}
+	return o.d.Removexattr(o.path, name)
+}

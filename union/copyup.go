@@ -1,0 +1,467 @@
+package union
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"unsafe"
+
+	"lamina/block"
+	"lamina/layer"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxChain bounds how many sketches may lie over one another before a copy-up brings the whole file: a read of an
+// untouched block goes through all of them.
+const maxChain = 16
+
+// prepared is an object made for the upper layer, complete with owner, mode, attributes and times, but without its
+// name: a nameless file, or one under a temporary name in the workdir.
+type prepared struct {
+	fd     int    // O_RDWR of a regular file, or -1
+	tmp    string // in the workdir, or ""
+	ino    uint64
+	sketch bool
+}
+
+func (fs *FS) abandon(p *prepared) {
+	if p.fd >= 0 {
+		unix.Close(p.fd)
+	}
+	if p.tmp != "" {
+		fs.work.Unlink(p.tmp)
+	}
+}
+
+// copyUp materialises a file in the upper layer. Regular files become sketches: no data is copied. truncate: the caller
+// is about to set the size to 0, so not even a sketch is needed. Directories are copied up by copyUpDir.
+func (fs *FS) copyUp(n *Node, truncate bool) error {
+	if fs.upper == nil {
+		return unix.EROFS
+	}
+	if isDir(n.mode) {
+		fs.tree.Lock()
+		defer fs.tree.Unlock()
+		return fs.copyUpDir(n)
+	}
+	n.cu.Lock()
+	defer n.cu.Unlock()
+	fs.tree.RLock()
+	done := n.upper
+	fs.tree.RUnlock()
+	if done {
+		return nil
+	}
+	p, err := fs.prepare(n, truncate)
+	if err != nil {
+		return err
+	}
+	fs.tree.Lock()
+	defer fs.tree.Unlock()
+	if err := fs.place(n, p); err != nil {
+		fs.abandon(p)
+		return err
+	}
+	return fs.switchContent(n, p)
+}
+
+// prepare makes the upper object of a lower file. It takes no lock of the tree's: the lower is immutable.
+func (fs *FS) prepare(n *Node, truncate bool) (*prepared, error) {
+	ref := n.stack[0]
+	l := fs.lowers[ref.layer]
+	st, err := l.Stat(ref.path)
+	if err != nil {
+		return nil, err
+	}
+	p := &prepared{fd: -1}
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		if p.fd, p.tmp, err = fs.newFile(); err != nil {
+			return nil, err
+		}
+		err = fs.fill(n, p, &st, truncate)
+	case unix.S_IFLNK:
+		var target string
+		if target, err = l.Readlink(ref.path); err != nil {
+			return nil, err
+		}
+		p.tmp = fs.tmpName()
+		err = fs.work.Symlink(target, p.tmp)
+	default:
+		p.tmp = fs.tmpName()
+		err = fs.work.Mknod(p.tmp, st.Mode, st.Rdev)
+	}
+	if err == nil {
+		err = fs.copyMeta(l, ref.path, &st, p)
+	}
+	if err == nil && !p.sketch {
+		err = fs.setOrigin(p, key{l.FS(), st.Ino})
+	}
+	if err == nil && fs.cfg.Index && st.Nlink > 1 {
+		err = p.setxattr(fs, fs.prefix+layer.XattrNlink, fmt.Appendf(nil, "U%+d", int64(st.Nlink)-2))
+	}
+	if err == nil {
+		err = p.setTimes(fs, st.Atim, st.Mtim)
+	}
+	if err == nil {
+		var up unix.Stat_t
+		up, err = p.stat(fs)
+		p.ino = up.Ino
+	}
+	if err != nil {
+		fs.abandon(p)
+		return nil, err
+	}
+	return p, nil
+}
+
+// newFile makes an empty regular file for reading and writing, nameless where the filesystem can.
+func (fs *FS) newFile() (fd int, tmp string, err error) {
+	if !fs.noTmpfile {
+		fd, err = fs.work.Tmpfile(tmpDir, 0o600)
+		return fd, "", err
+	}
+	tmp = fs.tmpName()
+	fd, err = fs.work.OpenFile(tmp, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o600)
+	return fd, tmp, err
+}
+
+// fill gives a new upper file its contents: a clone, a sketch, or a full copy that is on disk before it gets a name.
+func (fs *FS) fill(n *Node, p *prepared, st *unix.Stat_t, truncate bool) error {
+	if truncate {
+		return nil
+	}
+	mode := fs.cfg.CopyUp
+	lowerSketch := n.stack[0].sketch
+	if mode == CopyUpAuto || mode == CopyUpClone {
+		err := unix.EOPNOTSUPP
+		if !lowerSketch {
+			err = fs.clone(n, p.fd)
+		}
+		switch {
+		case err == 0:
+			return nil
+		case mode == CopyUpClone && !lowerSketch:
+			return fmt.Errorf("copyup=clone: %s: cannot clone into the upper layer (%w): use copyup=auto, or put upper and lowers on one XFS or btrfs", n.stack[0].path, err)
+		}
+	}
+	depth := 0
+	for _, r := range n.stack {
+		if r.sketch {
+			depth++
+		}
+	}
+	if mode == CopyUpFull || depth >= maxChain {
+		return fs.copyAll(n, p.fd)
+	}
+	size := st.Size
+	if lowerSketch {
+		size = n.size
+	}
+	p.sketch = true
+	s := fs.store(dup(p.fd))
+	defer s.Close()
+	return fs.cfg.Engine.Create(s, block.Ident{Size: size, MtimeNS: st.Mtim.Nano(), FS: fs.lowers[n.stack[0].layer].FS(), Ino: st.Ino})
+}
+
+// dup gives a second descriptor of the same open file, for an owner that closes it.
+func dup(fd int) int {
+	second, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return -1 // every use of it reports EBADF
+	}
+	return second
+}
+
+// clone shares the lower file's extents. The filesystem writes the source's dirty pages first, so a clone is as durable
+// as its metadata.
+func (fs *FS) clone(n *Node, fd int) unix.Errno {
+	ref := n.stack[0]
+	f, err := fs.lowers[ref.layer].Open(ref.path)
+	if err != nil {
+		return errnoOf(err)
+	}
+	defer f.Close()
+	src, ok := f.(layer.FDer)
+	if !ok {
+		return unix.EOPNOTSUPP
+	}
+	if err := unix.IoctlFileClone(fd, src.FD()); err != nil {
+		return errnoOf(err)
+	}
+	return 0
+}
+
+// copyAll brings the whole file, holes as holes, and syncs it: nothing of it could be told from zeros after a crash.
+func (fs *FS) copyAll(n *Node, fd int) error {
+	src, err := fs.openLower(n.stack)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dst := fs.store(dup(fd))
+	defer dst.Close()
+	return block.CopyAll(dst, src)
+}
+
+// copyMeta gives the prepared object the lower one's owner, mode and attributes. Order matters: a change of owner drops
+// set-id bits and capabilities.
+func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared) error {
+	if err := p.chown(fs, st.Uid, st.Gid); err != nil {
+		return err
+	}
+	names, err := l.Listxattr(path)
+	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+		return err
+	}
+	for _, name := range names {
+		if fs.private(name) {
+			continue
+		}
+		v, err := l.Getxattr(path, name)
+		if errors.Is(err, unix.ENODATA) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := p.setxattr(fs, name, v); err != nil {
+			return fmt.Errorf("%s: cannot copy attribute %s to the upper layer: %w", path, name, err)
+		}
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFLNK {
+		return nil
+	}
+	return p.chmod(fs, st.Mode&0o7777)
+}
+
+// private says whether an attribute as a layer stores it is overlayfs's own, and so neither shown nor copied. What a
+// user of the union calls <prefix>X is stored as <prefix>overlay.X (Documentation/filesystems/overlayfs.rst, nesting).
+func (fs *FS) private(name string) bool {
+	rest, ok := strings.CutPrefix(name, fs.prefix)
+	return ok && !strings.HasPrefix(rest, "overlay.")
+}
+
+func (fs *FS) setOrigin(p *prepared, k key) error {
+	err := p.setxattr(fs, fs.prefix+layer.XattrOrigin, block.Ident{FS: k.fs, Ino: k.ino}.Origin())
+	if errors.Is(err, unix.EPERM) && fs.cfg.NS == layer.User {
+		return nil // user.* exists on regular files and directories only: the inode number of this special file changes
+	}
+	return err
+}
+
+// place gives a prepared object its name: the index's where the lower file has several, then the one in the tree. The
+// caller holds tree for writing.
+func (fs *FS) place(n *Node, p *prepared) error {
+	l, named := fs.firstLink(n)
+	if n.dead || !named {
+		if p.tmp != "" { // an unlinked file that only open descriptors reach
+			return fs.work.Unlink(p.tmp)
+		}
+		return nil
+	}
+	if err := fs.copyUpDir(l.dir); err != nil {
+		return err
+	}
+	if fs.hasSeveralNames(n) {
+		if err := fs.link(p, fs.work, indexPath(n.key)); err != nil {
+			return err
+		}
+		delta, err := fs.readDelta(indexPath(n.key))
+		if err != nil {
+			return err
+		}
+		n.indexed, n.delta = true, delta
+		return fs.keepTimes(l.dir, func(dir string) error {
+			return layer.LinkBetween(fs.work, indexPath(n.key), fs.upper, join(dir, l.name))
+		})
+	}
+	return fs.keepTimes(l.dir, func(dir string) error { return fs.link(p, fs.upper, join(dir, l.name)) })
+}
+
+func (fs *FS) link(p *prepared, d *layer.Dir, path string) error {
+	if p.tmp == "" {
+		return d.LinkFD(p.fd, path)
+	}
+	if err := layer.Rename(fs.work, p.tmp, d, path, unix.RENAME_NOREPLACE); err != nil {
+		return err
+	}
+	p.tmp = ""
+	return nil
+}
+
+// keepTimes runs f on a directory of the upper layer and puts its times back: copying up is not a change that the
+// container made.
+func (fs *FS) keepTimes(dir *Node, f func(path string) error) error {
+	path := dir.path()
+	st, err := fs.upper.Stat(path)
+	if err != nil {
+		return err
+	}
+	if err := f(path); err != nil {
+		return err
+	}
+	return fs.upper.Utimes(path, [2]unix.Timespec{st.Atim, st.Mtim})
+}
+
+// switchContent makes the node an upper one. Open descriptors go on with the new file. The caller holds tree for writing.
+func (fs *FS) switchContent(n *Node, p *prepared) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.upper, n.upIno, n.unsyncd = true, p.ino, true
+	n.sketch = p.sketch
+	if !p.sketch && isReg(n.mode) {
+		n.stack = nil
+		st, err := p.stat(fs)
+		if err != nil {
+			return err
+		}
+		n.size = st.Size
+	}
+	old := n.cur.Load()
+	if p.fd < 0 {
+		return nil
+	}
+	if old == nil && !n.dead {
+		unix.Close(p.fd)
+		return nil
+	}
+	f, err := fs.cfg.Engine.Open(fs.store(p.fd), fs.lowerOf(n.stack))
+	if err != nil {
+		return err
+	}
+	// The old lower stays open until the last descriptor goes: reads in flight may still be using it.
+	c := &content{file: f}
+	if old != nil {
+		c.old = old.lower
+	}
+	n.cur.Store(c)
+	return nil
+}
+
+// copyUpDir makes a directory and those above it exist in the upper layer. The caller holds tree for writing.
+func (fs *FS) copyUpDir(n *Node) error {
+	if n.upper {
+		return nil
+	}
+	if fs.upper == nil {
+		return unix.EROFS
+	}
+	if n.dead {
+		return unix.ENOENT
+	}
+	at := n.links[0]
+	if err := fs.copyUpDir(at.dir); err != nil {
+		return err
+	}
+	ref := n.stack[0]
+	l := fs.lowers[ref.layer]
+	st, err := l.Stat(ref.path)
+	if err != nil {
+		return err
+	}
+	p := &prepared{fd: -1, tmp: fs.tmpName()}
+	if err := fs.work.Mkdir(p.tmp, 0o700); err != nil {
+		return err
+	}
+	err = fs.copyMeta(l, ref.path, &st, p)
+	if err == nil {
+		err = p.setTimes(fs, st.Atim, st.Mtim)
+	}
+	var up unix.Stat_t
+	if err == nil {
+		up, err = p.stat(fs)
+	}
+	tmp := p.tmp
+	if err == nil {
+		err = fs.keepTimes(at.dir, func(dir string) error { return fs.link(p, fs.upper, join(dir, at.name)) })
+	}
+	if err != nil {
+		fs.work.Rmdir(tmp)
+		return err
+	}
+	fs.work.Invalidate(tmp)
+	n.upper, n.upIno, n.unsyncd = true, up.Ino, true
+	return nil
+}
+
+// The operations below reach a prepared object by its descriptor if it has one: it may have no name.
+
+func (p *prepared) chown(fs *FS, uid, gid uint32) error {
+	if p.fd >= 0 {
+		return fs.work.FChown(p.fd, int(uid), int(gid))
+	}
+	return fs.work.Chown(p.tmp, int(uid), int(gid))
+}
+
+func (p *prepared) chmod(fs *FS, mode uint32) error {
+	if p.fd >= 0 {
+		return fs.work.FChmod(p.fd, mode)
+	}
+	return fs.work.Chmod(p.tmp, mode)
+}
+
+func (p *prepared) setxattr(fs *FS, name string, v []byte) error {
+	if p.fd >= 0 {
+		return unix.Fsetxattr(p.fd, name, v, 0)
+	}
+	return fs.work.Setxattr(p.tmp, name, v, 0)
+}
+
+func (p *prepared) setTimes(fs *FS, atime, mtime unix.Timespec) error {
+	if p.fd >= 0 {
+		return futimens(p.fd, atime, mtime)
+	}
+	return fs.work.Utimes(p.tmp, [2]unix.Timespec{atime, mtime})
+}
+
+func (p *prepared) stat(fs *FS) (st unix.Stat_t, err error) {
+	if p.fd >= 0 {
+		return fs.work.FStat(p.fd)
+	}
+	return fs.work.Stat(p.tmp)
+}
+
+// syncUp makes the names that copy-up gave to a file and to the directories above it durable, once.
+func (fs *FS) syncUp(n *Node) error {
+	for {
+		fs.tree.RLock()
+		pending := n.unsyncd
+		l, ok := fs.firstLink(n)
+		var dir string
+		if ok {
+			dir = l.dir.path()
+		}
+		fs.tree.RUnlock()
+		if !ok || n == fs.root {
+			return nil
+		}
+		if pending {
+			if err := fs.upper.SyncDir(dir); err != nil {
+				return err
+			}
+			fs.tree.Lock()
+			n.unsyncd = false
+			fs.tree.Unlock()
+		}
+		n = l.dir
+	}
+}
+
+func futimens(fd int, atime, mtime unix.Timespec) error {
+	ts := [2]unix.Timespec{atime, mtime}
+	_, _, e := unix.Syscall6(unix.SYS_UTIMENSAT, uintptr(fd), 0, uintptr(unsafe.Pointer(&ts)), 0, 0, 0)
+	if e != 0 {
+		return e
+	}
+	return nil
+}
+
+func errnoOf(err error) unix.Errno {
+	var e unix.Errno
+	if errors.As(err, &e) {
+		return e
+	}
+	return unix.EIO
+}

@@ -1,0 +1,376 @@
+package union
+
+import (
+	"errors"
+
+	"lamina/layer"
+
+	"golang.org/x/sys/unix"
+)
+
+// Mkdir makes a directory.
+func (fs *FS) Mkdir(dir *Node, name string, mode uint32, c Cred) (*Node, error) {
+	return fs.create(dir, name, unix.S_IFDIR|mode, c, func(d *layer.Dir, path string, mode uint32) error {
+		return d.Mkdir(path, mode&0o7777)
+	})
+}
+
+// Mknod makes a regular file, fifo, socket or device node. A character device 0:0 is overlayfs's whiteout and is refused
+// with EPERM, as kernel overlayfs refuses it.
+func (fs *FS) Mknod(dir *Node, name string, mode, rdev uint32, c Cred) (*Node, error) {
+	if mode&unix.S_IFMT == unix.S_IFCHR && rdev == 0 {
+		return nil, unix.EPERM
+	}
+	if mode&unix.S_IFMT == 0 {
+		mode |= unix.S_IFREG
+	}
+	return fs.create(dir, name, mode, c, func(d *layer.Dir, path string, mode uint32) error {
+		return d.Mknod(path, mode, uint64(rdev))
+	})
+}
+
+// Symlink makes a symbolic link.
+func (fs *FS) Symlink(dir *Node, name, target string, c Cred) (*Node, error) {
+	c.Umask = 0
+	return fs.create(dir, name, unix.S_IFLNK|0o777, c, func(d *layer.Dir, path string, _ uint32) error {
+		return d.Symlink(target, path)
+	})
+}
+
+// Create makes a regular file and opens it; without O_EXCL it opens the one that is there.
+func (fs *FS) Create(dir *Node, name string, flags, mode uint32, c Cred) (*Node, *Handle, error) {
+	fd := -1
+	n, err := fs.create(dir, name, unix.S_IFREG|mode&0o7777, c, func(d *layer.Dir, path string, mode uint32) (err error) {
+		fd, err = d.OpenFile(path, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR, mode&0o7777)
+		return err
+	})
+	if errors.Is(err, unix.EEXIST) && flags&unix.O_EXCL == 0 {
+		if n, err = fs.Lookup(dir, name); err != nil {
+			return nil, nil, err
+		}
+		h, err := fs.Open(n, flags)
+		if err != nil {
+			fs.Forget(n.id, 1)
+		}
+		return n, h, err
+	}
+	if err != nil {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+		return nil, nil, err
+	}
+	h, err := fs.openNew(n, fd, flags)
+	if err != nil {
+		fs.Forget(n.id, 1)
+	}
+	return n, h, err
+}
+
+// openNew opens a file that was just made, through the descriptor that made it.
+func (fs *FS) openNew(n *Node, fd int, flags uint32) (*Handle, error) {
+	f, err := fs.cfg.Engine.Open(fs.store(fd), fs.lowerOf(nil))
+	if err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.cur.Load() != nil { // somebody found the name and was faster
+		f.Close()
+	} else {
+		n.cur.Store(&content{file: f})
+		fs.pin(n)
+	}
+	n.opens++
+	return &Handle{n: n, flags: flags}, nil
+}
+
+// Tmpfile makes a nameless file (O_TMPFILE), which Link may name.
+func (fs *FS) Tmpfile(dir *Node, flags, mode uint32, c Cred) (*Node, *Handle, error) {
+	if fs.upper == nil {
+		return nil, nil, unix.EROFS
+	}
+	fs.tree.Lock()
+	n, fd, err := fs.tmpfile(dir, mode, c)
+	fs.tree.Unlock()
+	if err != nil {
+		return nil, nil, err
+	}
+	h, err := fs.openNew(n, fd, flags)
+	if err != nil {
+		fs.Forget(n.id, 1)
+	}
+	return n, h, err
+}
+
+func (fs *FS) tmpfile(dir *Node, mode uint32, c Cred) (*Node, int, error) {
+	if dir.dead {
+		return nil, -1, unix.ENOENT
+	}
+	if err := fs.copyUpDir(dir); err != nil {
+		return nil, -1, err
+	}
+	path := dir.path()
+	o, err := fs.ownership(dir, path, unix.S_IFREG|mode&0o7777, c)
+	if err != nil {
+		return nil, -1, err
+	}
+	fd, err := fs.upper.Tmpfile(path, o.mode&0o7777)
+	if err != nil {
+		return nil, -1, err
+	}
+	if err := o.apply(object{d: fs.upper, fd: fd}, false); err != nil {
+		unix.Close(fd)
+		return nil, -1, err
+	}
+	st, err := fs.upper.FStat(fd)
+	if err != nil {
+		unix.Close(fd)
+		return nil, -1, err
+	}
+	k := key{fs.upper.FS(), st.Ino}
+	n := &Node{fs: fs, ino: fs.inoOf(k.fs, k.ino), mode: unix.S_IFREG, key: k, upper: true, upIno: st.Ino, dead: true, refs: 1, last: st}
+	fs.tab.Lock()
+	fs.register(n)
+	fs.tab.Unlock()
+	return n, fd, nil
+}
+
+// create makes an object that is not there yet. Where a whiteout stands in its place the object is made in the workdir
+// and exchanged for it in one step: at no time does the hidden lower object show.
+func (fs *FS) create(dir *Node, name string, mode uint32, c Cred, make func(d *layer.Dir, path string, mode uint32) error) (*Node, error) {
+	if fs.upper == nil {
+		return nil, unix.EROFS
+	}
+	fs.tree.Lock()
+	defer fs.tree.Unlock()
+	f, err := fs.resolve(dir, name)
+	if err != nil {
+		return nil, err
+	}
+	if f.exists {
+		return nil, unix.EEXIST
+	}
+	if err := fs.copyUpDir(dir); err != nil {
+		return nil, err
+	}
+	parent := dir.path()
+	o, err := fs.ownership(dir, parent, mode, c)
+	if err != nil {
+		return nil, err
+	}
+	path := join(parent, name)
+	if f.whiteout {
+		err = fs.replaceWhiteout(dir, path, o, make)
+	} else if err = make(fs.upper, path, o.mode); err == nil {
+		if err = o.apply(object{d: fs.upper, path: path, fd: -1}, false); err != nil {
+			removeObject(fs.upper, path, mode)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	st, err := fs.upper.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	dir.list.Store(nil)
+	made := found{exists: true, upper: true, st: st, lpath: join(dir.lpath, name)}
+	return fs.adopt(dir, name, &made)
+}
+
+func removeObject(d *layer.Dir, path string, mode uint32) {
+	if isDir(mode) {
+		d.Rmdir(path)
+	} else {
+		d.Unlink(path)
+	}
+}
+
+func (fs *FS) replaceWhiteout(dir *Node, path string, o ownership, make func(d *layer.Dir, path string, mode uint32) error) error {
+	tmp := fs.tmpName()
+	if o.acl { // a directory with the parent's default ACL, so that the new object inherits it
+		if err := fs.work.Mkdir(tmp, 0o700); err != nil {
+			return err
+		}
+		holder := tmp
+		defer func() { fs.work.Rmdir(holder); fs.work.Invalidate(holder) }()
+		acl, err := fs.upper.Getxattr(dir.path(), aclDefault)
+		if err == nil {
+			err = fs.work.Setxattr(tmp, aclDefault, acl, 0)
+		}
+		if err != nil {
+			return err
+		}
+		tmp = join(tmp, "new")
+	}
+	if err := make(fs.work, tmp, o.mode); err != nil {
+		return err
+	}
+	err := o.apply(object{d: fs.work, path: tmp, fd: -1}, true)
+	if err == nil && isDir(o.mode) {
+		if err = fs.setOpaque(fs.work, tmp); err == nil {
+			err = layer.Rename(fs.work, tmp, fs.upper, path, unix.RENAME_EXCHANGE)
+		}
+		if err == nil {
+			fs.work.Invalidate(tmp)
+			return fs.work.Unlink(tmp) // now the whiteout
+		}
+	} else if err == nil {
+		err = layer.Rename(fs.work, tmp, fs.upper, path, 0)
+	}
+	if err != nil {
+		removeObject(fs.work, tmp, o.mode)
+	}
+	return err
+}
+
+func (fs *FS) setOpaque(d *layer.Dir, path string) error {
+	return d.Setxattr(path, fs.prefix+layer.XattrOpaque, []byte("y"), 0)
+}
+
+// ownership is what a new object gets from its creator and its directory.
+type ownership struct {
+	uid, gid uint32
+	mode     uint32 // with type bits; the umask applied where no default ACL stands in for it
+	acl      bool   // the directory has a default ACL
+	inherit  bool   // gid is the directory's, because that has S_ISGID
+}
+
+func (fs *FS) ownership(dir *Node, parent string, mode uint32, c Cred) (ownership, error) {
+	acl, err := fs.hasDefaultACL(dir)
+	if err != nil {
+		return ownership{}, err
+	}
+	st, err := fs.upper.Stat(parent)
+	if err != nil {
+		return ownership{}, err
+	}
+	o := ownership{uid: c.UID, gid: c.GID, mode: mode, acl: acl}
+	if !acl {
+		o.mode &^= c.Umask & 0o777
+	}
+	if st.Mode&unix.S_ISGID != 0 {
+		o.gid, o.inherit = st.Gid, true
+		if isDir(mode) {
+			o.mode |= unix.S_ISGID
+		}
+	}
+	return o, nil
+}
+
+// apply gives a new object its owner. elsewhere: it was not made in its directory, so nothing was inherited.
+func (o *ownership) apply(u object, elsewhere bool) error {
+	special := o.mode & (unix.S_ISUID | unix.S_ISGID | unix.S_ISVTX)
+	isLink := o.mode&unix.S_IFMT == unix.S_IFLNK
+	st, err := u.stat()
+	if err != nil {
+		return err
+	}
+	if st.Uid != o.uid || st.Gid != o.gid {
+		if err := u.chown(int(o.uid), int(o.gid)); err != nil {
+			return err
+		}
+	} else if special == 0 || st.Mode&0o7000 == special || isLink {
+		return nil
+	}
+	if special == 0 || isLink { // a change of owner drops them, and mkdir takes no set-id bits
+		return nil
+	}
+	return u.chmod(st.Mode&0o777 | special)
+}
+
+// Link gives a file another name.
+func (fs *FS) Link(n, dir *Node, name string) (*Node, error) {
+	if isDir(n.mode) {
+		return nil, unix.EPERM
+	}
+	if fs.upper == nil {
+		return nil, unix.EROFS
+	}
+	if err := fs.copyUp(n, false); err != nil {
+		return nil, err
+	}
+	fs.tree.Lock()
+	defer fs.tree.Unlock()
+	f, err := fs.resolve(dir, name)
+	if err != nil {
+		return nil, err
+	}
+	if f.exists {
+		return nil, unix.EEXIST
+	}
+	if err := fs.copyUpDir(dir); err != nil {
+		return nil, err
+	}
+	if n.isSketch() {
+		if err := fs.setRedirect(n); err != nil {
+			return nil, err
+		}
+	}
+	to, path, tmp := fs.upper, join(dir.path(), name), ""
+	if f.whiteout {
+		tmp = fs.tmpName()
+		to, path = fs.work, tmp
+	}
+	if err := fs.linkTo(n, to, path); err != nil {
+		return nil, err
+	}
+	if tmp != "" {
+		if err := layer.Rename(fs.work, tmp, fs.upper, join(dir.path(), name), 0); err != nil {
+			fs.work.Unlink(tmp)
+			return nil, err
+		}
+	}
+	dir.list.Store(nil)
+	n.dead = false
+	fs.tab.Lock()
+	defer fs.tab.Unlock()
+	if fs.byKey[n.key] == nil {
+		fs.byKey[n.key] = n
+	}
+	n.refs++
+	n.addLink(dir, name)
+	return n, nil
+}
+
+func (fs *FS) linkTo(n *Node, to *layer.Dir, path string) error {
+	o, err := fs.object(n)
+	if err != nil {
+		return err
+	}
+	if o.fd >= 0 {
+		return to.LinkFD(o.fd, path)
+	}
+	return layer.LinkBetween(o.d, o.path, to, path)
+}
+
+func (n *Node) isSketch() bool {
+	if c := n.cur.Load(); c != nil && c.file != nil {
+		return c.file.Sketch()
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.sketch
+}
+
+// setRedirect writes down where the lower counterpart lies before the object leaves the place where its name says so.
+// The caller holds tree for writing.
+func (fs *FS) setRedirect(n *Node) error {
+	if n.redir {
+		return nil
+	}
+	value := "/" + n.lpath
+	if len(value) >= unix.PathMax {
+		return unix.EXDEV // overlay.redirect holds a path; beyond PATH_MAX mv(1) copies
+	}
+	o, err := fs.object(n)
+	if err != nil {
+		return err
+	}
+	if err := o.setxattr(fs.prefix+layer.XattrRedirect, []byte(value), 0); err != nil {
+		return err
+	}
+	n.redir = true
+	return nil
+}

@@ -1,0 +1,420 @@
+package union
+
+import (
+	"errors"
+	"io"
+
+	"lamina/block"
+	"lamina/layer"
+
+	"golang.org/x/sys/unix"
+)
+
+// content is what the open descriptors of a node read and write: the lower file until copy-up, the upper one afterwards.
+// A descriptor opened before copy-up follows along, because it goes through the node.
+type content struct {
+	file  *block.File // upper
+	lower block.Lower // lower only
+	old   block.Lower // the lower of before copy-up, kept until the last descriptor goes
+}
+
+func (c *content) close() {
+	if c.lower != nil {
+		c.lower.Close()
+	}
+	if c.old != nil {
+		c.old.Close()
+	}
+}
+
+// Handle is one open regular file.
+type Handle struct {
+	n     *Node
+	flags uint32
+}
+
+// Node gives the node that the handle was opened on.
+func (h *Handle) Node() *Node { return h.n }
+
+const writing = unix.O_WRONLY | unix.O_RDWR | unix.O_TRUNC
+
+// Open opens a regular file. A file opened for writing is copied up first, so that what can fail (no space, a read-only
+// union) fails here and not in a write-back.
+func (fs *FS) Open(n *Node, flags uint32) (*Handle, error) {
+	if !isReg(n.mode) {
+		return nil, unix.EINVAL
+	}
+	if flags&writing != 0 {
+		if err := fs.copyUp(n, flags&unix.O_TRUNC != 0); err != nil {
+			return nil, err
+		}
+	}
+	if err := fs.acquire(n); err != nil {
+		return nil, err
+	}
+	h := &Handle{n: n, flags: flags}
+	if flags&unix.O_TRUNC != 0 {
+		if err := h.truncate(0); err != nil {
+			h.Release()
+			return nil, err
+		}
+	}
+	return h, nil
+}
+
+// acquire opens the node's content, or takes another reference on it.
+func (fs *FS) acquire(n *Node) error {
+	fs.tree.RLock()
+	defer fs.tree.RUnlock()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.cur.Load() == nil {
+		c, err := fs.openContent(n)
+		if err != nil {
+			return err
+		}
+		n.cur.Store(c)
+		fs.pin(n) // until the content is closed
+	}
+	n.opens++
+	return nil
+}
+
+func (fs *FS) openContent(n *Node) (*content, error) {
+	if n.dead {
+		return nil, unix.ESTALE // its last name and its last descriptor are gone
+	}
+	if !n.upper {
+		low, err := fs.openLower(n.stack)
+		return &content{lower: low}, err
+	}
+	d, path, err := fs.upperAt(n)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := d.OpenFile(path, unix.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	f, err := fs.cfg.Engine.Open(fs.store(fd), fs.lowerOf(n.stack))
+	if err != nil {
+		fs.logDamage("sketch", path, err)
+		return nil, err
+	}
+	return &content{file: f}, nil
+}
+
+// upperAt says where the upper object of a node is: under its name, or in the index. The caller holds tree.
+func (fs *FS) upperAt(n *Node) (*layer.Dir, string, error) {
+	if n.indexed {
+		return fs.work, indexPath(n.key), nil
+	}
+	if n == fs.root {
+		return fs.upper, "", nil
+	}
+	l, ok := fs.firstLink(n)
+	if !ok {
+		return nil, "", unix.ESTALE
+	}
+	return fs.upper, join(l.dir.path(), l.name), nil
+}
+
+func (fs *FS) store(fd int) block.Store {
+	return block.OpenStore(fd, fs.prefix+layer.XattrMetacopy, fs.prefix+layer.XattrOrigin)
+}
+
+// lowerOf opens, when first asked, the chain of lower files that a sketch's blocks are read from.
+func (fs *FS) lowerOf(stack []lowerRef) func() (block.Lower, error) {
+	return func() (block.Lower, error) { return fs.openLower(stack) }
+}
+
+var errNoLower = errors.New("the lower file that this sketch was made from is missing: mount with the layers it was made on")
+
+func (fs *FS) openLower(stack []lowerRef) (block.Lower, error) {
+	if len(stack) == 0 {
+		return nil, &dataError{errNoLower}
+	}
+	ref := stack[0]
+	f, err := fs.lowers[ref.layer].Open(ref.path)
+	if err != nil {
+		return nil, err
+	}
+	if !ref.sketch {
+		return lowerFile{f, fs.lowers[ref.layer].FS()}, nil
+	}
+	defer f.Close()
+	src, ok := f.(layer.FDer)
+	if !ok {
+		return nil, unix.EOPNOTSUPP
+	}
+	fd, err := unix.FcntlInt(uintptr(src.FD()), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	s := fs.store(fd)
+	low, err := block.OpenReadOnly(s, fs.lowerOf(stack[1:]))
+	if err != nil {
+		s.Close()
+		fs.logDamage("sketch in layer "+fs.lowers[ref.layer].Name(), ref.path, err)
+	}
+	return low, err
+}
+
+// lowerFile is a layer's file that knows its filesystem, so that a sketch can tell it from another file of its size and
+// time.
+type lowerFile struct {
+	layer.File
+	fs uint64
+}
+
+func (l lowerFile) FS() uint64 { return l.fs }
+
+// FD is the file's descriptor, -1 where the backend has none.
+func (l lowerFile) FD() int {
+	if f, ok := l.File.(layer.FDer); ok {
+		return f.FD()
+	}
+	return -1
+}
+
+// dataError is EIO with a reason.
+type dataError struct{ err error }
+
+func (e *dataError) Error() string   { return e.err.Error() }
+func (e *dataError) Unwrap() []error { return []error{e.err, unix.EIO} }
+
+// Release closes the handle. Bytes written through it stay with the engine until they settle.
+func (h *Handle) Release() {
+	n := h.n
+	if f := n.lastClose(); f != nil {
+		f.Settle(n.settled)
+	}
+}
+
+// lastClose counts a handle out. After the last one it closes the content, or returns the sketch that must settle first.
+func (n *Node) lastClose() *block.File {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.opens--
+	if n.opens > 0 {
+		return nil
+	}
+	c := n.cur.Load()
+	if c.file == nil {
+		n.closeContent(c)
+		return nil
+	}
+	if c.file.Sketch() && !n.dead {
+		return c.file
+	}
+	c.file.Abandon() // an ordinary file, or one that nobody will ever read again
+	n.closeContent(c)
+	return nil
+}
+
+// settled is called by the engine when f's bytes and table are in place.
+func (n *Node) settled(f *block.File) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	c := n.cur.Load()
+	if n.opens > 0 || c == nil || c.file != f {
+		return
+	}
+	size, sketch := f.Size(), f.Sketch()
+	if err := f.Close(); err != nil {
+		n.fs.cfg.Logf("closing inode %d of the union, tried again later: %v", n.ino, err)
+		go f.Settle(n.settled)
+		return
+	}
+	n.size, n.sketch = size, sketch
+	n.closeContent(c)
+}
+
+// closeContent lets go of a content whose upper file is closed. The caller holds mu.
+func (n *Node) closeContent(c *content) {
+	n.cur.Store(nil)
+	c.close()
+	n.fs.unpin(n)
+}
+
+// ReadAt reads from the file as it is now; io.EOF at its end.
+func (h *Handle) ReadAt(p []byte, off int64) (int, error) {
+	c := h.n.cur.Load()
+	if c.file != nil {
+		return c.file.ReadAt(p, off)
+	}
+	return c.lower.ReadAt(p, off)
+}
+
+// WriteAt writes to the file, which was copied up when the handle was opened. killPriv: the writer may not keep set-id
+// bits; capabilities go with any write.
+func (h *Handle) WriteAt(p []byte, off int64, killPriv bool) (int, error) {
+	c := h.n.cur.Load()
+	if c.file == nil {
+		return 0, unix.EBADF
+	}
+	if !h.n.privClean.Load() {
+		if err := h.n.fs.dropPriv(h.n, killPriv); err != nil {
+			return 0, err
+		}
+	}
+	return c.file.WriteAt(p, off)
+}
+
+// Sync makes what was written through any handle of the file durable, with the names that copy-up made for it.
+func (h *Handle) Sync(dataOnly bool) error {
+	c := h.n.cur.Load()
+	if c.file == nil {
+		return nil
+	}
+	if err := c.file.Sync(); err != nil {
+		return err
+	}
+	if h.n.fs.cfg.Volatile {
+		return nil
+	}
+	return h.n.fs.syncUp(h.n)
+}
+
+// Fallocate is fallocate(2), all modes that the upper's filesystem knows.
+func (h *Handle) Fallocate(mode uint32, off, n int64) error {
+	c := h.n.cur.Load()
+	if c.file == nil {
+		return unix.EBADF
+	}
+	return c.file.Fallocate(mode, off, n)
+}
+
+// Seek is lseek(2) with SEEK_DATA or SEEK_HOLE.
+func (h *Handle) Seek(off int64, whence int) (int64, error) {
+	c := h.n.cur.Load()
+	if c.file != nil {
+		return c.file.Seek(off, whence)
+	}
+	return seekLower(c.lower, off, whence)
+}
+
+func seekLower(l block.Lower, off int64, whence int) (int64, error) {
+	st, err := l.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if off < 0 || off >= st.Size {
+		return 0, unix.ENXIO
+	}
+	start, end, err := l.SeekData(off)
+	switch {
+	case whence == unix.SEEK_DATA:
+		return start, err
+	case errors.Is(err, unix.ENXIO) || err == nil && start > off:
+		return off, nil
+	}
+	for err == nil && end < st.Size { // an extent that another one follows directly is no hole
+		var next int64
+		if start, next, err = l.SeekData(end); err != nil || start > end {
+			return end, nil
+		}
+		end = next
+	}
+	return min(end, st.Size), err
+}
+
+// CopyRange is copy_file_range(2) between two open files of the union.
+func (fs *FS) CopyRange(src *Handle, srcOff int64, dst *Handle, dstOff, n int64) (int64, error) {
+	to := dst.n.cur.Load()
+	if to.file == nil {
+		return 0, unix.EBADF
+	}
+	if !dst.n.privClean.Load() {
+		if err := fs.dropPriv(dst.n, true); err != nil {
+			return 0, err
+		}
+	}
+	from := src.n.cur.Load()
+	var r io.ReaderAt = from.lower
+	if from.file != nil {
+		r = from.file
+	}
+	return to.file.CopyFrom(dstOff, r, srcOff, n)
+}
+
+func (h *Handle) truncate(size int64) error {
+	c := h.n.cur.Load()
+	if err := c.file.Truncate(size); err != nil {
+		return err
+	}
+	now := nowTimespec()
+	return c.file.SetTimes(unix.Timespec{Nsec: unix.UTIME_OMIT}, now)
+}
+
+// BackingKind says what a handle's descriptor stands for.
+type BackingKind uint8
+
+const (
+	BackingNone  BackingKind = iota // a sketch, or a backend without descriptors
+	BackingLower                    // a lower file through a read-only clone of its mount; a later write makes it a sketch
+	BackingUpper                    // a complete file of the upper layer: it stays what it is
+)
+
+// Backing gives the descriptor that holds all of the file's bytes now, for passthrough. It belongs to the node's
+// content and lives as long as the handle.
+func (h *Handle) Backing() (fd int, kind BackingKind) {
+	c := h.n.cur.Load()
+	if c.file != nil {
+		if fd, ok := c.file.Plain(); ok {
+			return fd, BackingUpper
+		}
+		return -1, BackingNone
+	}
+	fs, ref := h.n.fs, h.n.stack[0]
+	d, ok := fs.lowers[ref.layer].(*layer.Dir)
+	f, hasFD := c.lower.(layer.FDer)
+	if ok && hasFD && !ref.sketch && d.Cloned() && f.FD() >= 0 {
+		return f.FD(), BackingLower
+	}
+	return -1, BackingNone
+}
+
+// Detach moves the names of a lower file to a new node (another node number, the same st_ino), so that it can be copied
+// up while readers of n whose reads the kernel passes to the lower file live on. n keeps showing the lower's bytes.
+func (fs *FS) Detach(n *Node) error {
+	fs.tree.Lock()
+	defer fs.tree.Unlock()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.dead {
+		return nil
+	}
+	last, err := fs.attr(n)
+	if err != nil {
+		return err
+	}
+	c := n.cur.Load()
+	if c != nil && c.file != nil {
+		// Copied up for its metadata only: the sketch goes with the names, the readers stay below.
+		low, err := fs.openLower(n.stack)
+		if err != nil {
+			return err
+		}
+		fresh := &content{lower: low, old: c.old}
+		n.cur.Store(fresh)
+		c.old = nil
+		n.size = c.file.Size()
+		if err := c.file.Close(); err != nil {
+			return err
+		}
+		defer c.close()
+	}
+	fs.tab.Lock()
+	defer fs.tab.Unlock()
+	heir := &Node{fs: fs, ino: n.ino, mode: n.mode, key: n.key, upper: n.upper, upIno: n.upIno, indexed: n.indexed, delta: n.delta,
+		stack: n.stack, lpath: n.lpath, redir: n.redir, unsyncd: n.unsyncd, sketch: n.sketch, size: n.size}
+	delete(fs.byKey, n.key)
+	fs.register(heir)
+	for _, l := range n.links {
+		heir.addLink(l.dir, l.name)
+		l.dir.pins--
+	}
+	n.links, n.key, n.dead, n.last, n.upper = nil, key{}, true, last, false
+	return nil
+}

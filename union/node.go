@@ -1,0 +1,242 @@
+package union
+
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// Node is one object of the union for its whole life: the same before and after copy-up, under every name it has.
+type Node struct {
+	fs   *FS
+	id   uint64
+	ino  uint64
+	mode uint32 // type bits only
+	key  key    // zero: not shared between names
+
+	// cu is held while the node's upper object is being prepared, so that it is prepared once.
+	cu sync.Mutex
+
+	// Guarded by FS.tree.
+	upper   bool
+	upIno   uint64     // inode number of the upper object
+	indexed bool       // the upper object also has a name in the index, and is reached by it
+	delta   int64      // indexed: names of the union minus links of the upper inode
+	stack   []lowerRef // directories: what is merged, topmost first; files: where the data lies
+	lpath   string     // where the lower counterpart is found from the roots of the lower layers
+	xwh     bool       // directory whose upper part may hold whiteouts that are regular files
+	redir   bool       // the upper object carries overlay.redirect
+	dead    bool       // no name is left
+	last    Attr       // what stat said when it died
+	unsyncd bool       // the name in the upper layer came by copy-up and was not yet synced
+
+	// Guarded by nodeTable. For directories links has one entry and changes only with tree held for writing.
+	links []link
+	refs  int64 // the kernel's
+	pins  int64 // by children, and by bytes not yet settled
+	kids  map[string]*Node
+
+	mu     sync.Mutex
+	opens  int
+	cur    atomic.Pointer[content]
+	sketch bool  // while closed: the upper object is a sketch
+	size   int64 // while closed, of a sketch: logical size
+	aux    any
+
+	list      atomic.Pointer[listing]
+	privClean atomic.Bool // known to carry neither set-id bits nor capabilities
+	defACL    atomic.Int32
+}
+
+// lowerRef is an object of a lower layer.
+type lowerRef struct {
+	layer  int32
+	xwh    bool // directory that may hold whiteouts that are regular files
+	sketch bool // regular file whose data lies, in part, in the next one of the stack
+	path   string
+}
+
+// link is one name of a node.
+type link struct {
+	dir  *Node
+	name string
+}
+
+// key identifies a file that may be reached by several names: the inode that its st_ino comes from.
+type key struct{ fs, ino uint64 }
+
+// ID is the node's number for the kernel. The root's is 1.
+func (n *Node) ID() uint64 { return n.id }
+
+// Ino is the union's inode number.
+func (n *Node) Ino() uint64 { return n.ino }
+
+// Mode gives the type bits (S_IFMT).
+func (n *Node) Mode() uint32 { return n.mode }
+
+// Aux holds what the storey above keeps per node; it is that storey's to guard.
+func (n *Node) Aux() any     { return n.aux }
+func (n *Node) SetAux(a any) { n.aux = a }
+
+// nodeTable finds the live nodes. Its mutex guards byKey and every Node's links, refs, pins and kids.
+type nodeTable struct {
+	tab    sync.Mutex
+	byID   sync.Map // uint64 -> *Node
+	byKey  map[key]*Node
+	lastID uint64
+	live   int
+}
+
+func (t *nodeTable) init() { t.byKey = map[key]*Node{} }
+
+// register gives a new node its number. The caller holds tab, or nobody else knows the node.
+func (t *nodeTable) register(n *Node) {
+	t.lastID++
+	n.id = t.lastID
+	t.live++
+	t.byID.Store(n.id, n)
+	if n.key != (key{}) && t.byKey[n.key] == nil {
+		t.byKey[n.key] = n
+	}
+}
+
+// Root is the union's root directory.
+func (fs *FS) Root() *Node { return fs.root }
+
+// Node finds a live node by the number the kernel knows it by; nil if there is none.
+func (fs *FS) Node(id uint64) *Node {
+	n, _ := fs.byID.Load(id)
+	node, _ := n.(*Node)
+	return node
+}
+
+// Live counts the nodes that the kernel or an unsettled file holds.
+func (fs *FS) Live() int {
+	fs.tab.Lock()
+	defer fs.tab.Unlock()
+	return fs.live
+}
+
+// Forget gives back nlookup of the kernel's references.
+func (fs *FS) Forget(id uint64, nlookup uint64) {
+	n := fs.Node(id)
+	if n == nil {
+		return
+	}
+	fs.tab.Lock()
+	n.refs -= int64(nlookup)
+	fs.collect(n)
+	fs.tab.Unlock()
+}
+
+// collect removes a node that nobody holds, and then the parents that only it held. The caller holds tab.
+func (fs *FS) collect(n *Node) {
+	for n != nil && n != fs.root && n.refs <= 0 && n.pins == 0 && n.id != 0 {
+		fs.byID.Delete(n.id)
+		n.id = 0
+		fs.live--
+		if fs.byKey[n.key] == n {
+			delete(fs.byKey, n.key)
+		}
+		links := n.links
+		n.links = nil
+		n.list.Store(nil)
+		var next *Node
+		for i, l := range links {
+			if l.dir.kids[l.name] == n {
+				delete(l.dir.kids, l.name)
+			}
+			l.dir.pins--
+			if i == 0 {
+				next = l.dir
+			} else {
+				fs.collect(l.dir)
+			}
+		}
+		n = next
+	}
+}
+
+func (fs *FS) pin(n *Node) {
+	fs.tab.Lock()
+	n.pins++
+	fs.tab.Unlock()
+}
+
+func (fs *FS) unpin(n *Node) {
+	fs.tab.Lock()
+	n.pins--
+	fs.collect(n)
+	fs.tab.Unlock()
+}
+
+// addLink records a name. The caller holds tab.
+func (n *Node) addLink(dir *Node, name string) {
+	l := link{dir, name}
+	if slices.Contains(n.links, l) {
+		return
+	}
+	n.links = append(n.links, l)
+	dir.pins++
+	if isDir(n.mode) {
+		if dir.kids == nil {
+			dir.kids = map[string]*Node{}
+		}
+		dir.kids[name] = n
+	}
+}
+
+// dropLink forgets a name. The caller holds tab.
+func (n *Node) dropLink(dir *Node, name string) {
+	i := slices.Index(n.links, link{dir, name})
+	if i < 0 {
+		return
+	}
+	n.links = slices.Delete(n.links, i, i+1)
+	if dir.kids[name] == n {
+		delete(dir.kids, name)
+	}
+	dir.pins--
+	n.fs.collect(dir)
+}
+
+// moveLink replaces a name by another.
+func (fs *FS) moveLink(n, oldDir *Node, oldName string, newDir *Node, newName string) {
+	fs.tab.Lock()
+	defer fs.tab.Unlock()
+	n.addLink(newDir, newName)
+	n.dropLink(oldDir, oldName)
+}
+
+// firstLink returns one name of the node.
+func (fs *FS) firstLink(n *Node) (link, bool) {
+	fs.tab.Lock()
+	defer fs.tab.Unlock()
+	if len(n.links) == 0 {
+		return link{}, false
+	}
+	return n.links[0], true
+}
+
+// path is where a directory lies, counted from the root of the union and of the upper layer. The caller holds tree.
+func (n *Node) path() string {
+	size := 0
+	for d := n; d != n.fs.root && len(d.links) > 0; d = d.links[0].dir {
+		size += len(d.links[0].name) + 1
+	}
+	if size == 0 {
+		return ""
+	}
+	buf := make([]byte, size-1)
+	at := len(buf)
+	for d := n; d != n.fs.root && len(d.links) > 0; d = d.links[0].dir {
+		name := d.links[0].name
+		at -= len(name)
+		copy(buf[at:], name)
+		if at > 0 {
+			at--
+			buf[at] = '/'
+		}
+	}
+	return string(buf)
+}

@@ -1,0 +1,268 @@
+// Package union stacks layers into one tree: lookup, whiteouts, opaque and redirected directories, copy-up, rename,
+// hard links. It knows names; it knows nothing of FUSE, and leaves a file's bytes to package block.
+//
+// # Locks
+//
+// tree is held for reading by whoever looks names up and for writing by whoever changes one. No file data is ever
+// copied under it: copy-up prepares a nameless file first and only links it under the lock. nodeTable's mutex guards
+// the tables of live nodes and is held for a few instructions. Node.mu guards one file's open state. A read or a write
+// of an open file takes none of them.
+//
+// Order: Node.cu, tree, Node.mu, nodeTable.
+package union
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"lamina/block"
+	"lamina/layer"
+
+	"golang.org/x/sys/unix"
+)
+
+// FS is one mounted union. All methods are safe for concurrent use.
+type FS struct {
+	cfg    Config
+	lowers []layer.Layer
+	upper  *layer.Dir
+	work   *layer.Dir
+	prefix string // of overlay's private attributes
+	fsids  map[uint64]uint64
+
+	tree sync.RWMutex
+	nodeTable
+	root *Node
+
+	tmpSeq    atomic.Uint64
+	noTmpfile bool // the upper's filesystem knows no O_TMPFILE
+}
+
+// Directories that a mount keeps in its workdir.
+const (
+	workRoot  = "lamina"
+	tmpDir    = workRoot + "/tmp"      // objects on their way into the upper layer; emptied at every mount
+	indexDir  = workRoot + "/index"    // one link for every copied-up file that had several names below
+	dirtyMark = workRoot + "/volatile" // present while a volatile mount has not been closed
+)
+
+// ErrVolatile: the upper layer belongs to a volatile mount that was not closed, so its bytes cannot be trusted.
+var ErrVolatile = errors.New("upper layer was left by a volatile mount that did not end cleanly: its contents cannot be trusted; start from an empty upperdir and workdir")
+
+// New makes a union of cfg's layers. It empties the workdir of what a crash left, and changes nothing else.
+func New(cfg Config) (*FS, error) {
+	if len(cfg.Lowers) == 0 {
+		return nil, errors.New("a union needs at least one lower layer")
+	}
+	fs := newFS(cfg)
+	if fs.upper != nil {
+		if err := fs.prepareWork(); err != nil {
+			return nil, err
+		}
+	}
+	if err := fs.makeRoot(); err != nil {
+		return nil, err
+	}
+	return fs, nil
+}
+
+func newFS(cfg Config) *FS {
+	if cfg.Logf == nil {
+		cfg.Logf = func(string, ...any) {}
+	}
+	fs := &FS{cfg: cfg, lowers: cfg.Lowers, upper: cfg.Upper, work: cfg.Work, prefix: cfg.NS.Prefix(), fsids: map[uint64]uint64{}}
+	fs.nodeTable.init()
+	if fs.upper != nil {
+		fs.fsids[fs.upper.FS()] = 0
+	}
+	for _, l := range fs.lowers {
+		if _, ok := fs.fsids[l.FS()]; !ok {
+			fs.fsids[l.FS()] = uint64(len(fs.fsids))
+		}
+	}
+	return fs
+}
+
+func (fs *FS) makeRoot() error {
+	root := &Node{fs: fs, mode: unix.S_IFDIR, refs: 1}
+	root.upper = fs.upper != nil
+	opaque := false
+	if root.upper {
+		m, err := fs.upper.Marks("", unix.S_IFDIR)
+		if err != nil {
+			return fmt.Errorf("upper layer %s: %w", fs.upper.Name(), err)
+		}
+		opaque, root.xwh = m.Opaque, m.XWhiteouts
+	}
+	for i, l := range fs.lowers {
+		if opaque {
+			break
+		}
+		m, err := fs.marks(l, "", unix.S_IFDIR)
+		if err != nil {
+			return fmt.Errorf("lower layer %s: %w", l.Name(), err)
+		}
+		root.stack = append(root.stack, lowerRef{layer: int32(i), xwh: m.XWhiteouts})
+		opaque = m.Opaque
+	}
+	st, err := fs.dirInoStat(root)
+	if err != nil {
+		return err
+	}
+	root.ino = st
+	fs.root = root
+	fs.register(root)
+	return nil
+}
+
+// prepareWork makes the workdir ready: a marked volatile leftover is refused, temporaries are removed, and what the
+// filesystem can do is probed once.
+func (fs *FS) prepareWork() error {
+	if _, err := fs.work.Stat(dirtyMark); err == nil {
+		return fmt.Errorf("%s: %w", fs.work.Name(), ErrVolatile)
+	}
+	for _, dir := range []string{workRoot, tmpDir, indexDir} {
+		if err := fs.work.Mkdir(dir, 0o700); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("workdir %s: cannot create %s: %w", fs.work.Name(), dir, err)
+		}
+	}
+	if err := removeContents(fs.work, tmpDir); err != nil {
+		return fmt.Errorf("workdir %s: cannot remove leftovers: %w", fs.work.Name(), err)
+	}
+	fd, err := fs.work.Tmpfile(tmpDir, 0o600)
+	switch {
+	case err == nil:
+		defer unix.Close(fd)
+		if err := unix.Fsetxattr(fd, fs.prefix+"lamina.probe", []byte{1}, 0); err != nil {
+			return fmt.Errorf("upperdir %s: the filesystem refuses %s* attributes (%w): use ext4, XFS, btrfs or tmpfs, or option userxattr without privileges", fs.upper.Name(), fs.prefix, err)
+		}
+	case errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) || errors.Is(err, unix.EINVAL):
+		fs.noTmpfile = true
+	default:
+		return fmt.Errorf("workdir %s: cannot create a file: %w", fs.work.Name(), err)
+	}
+	if fs.cfg.Volatile {
+		if err := fs.work.Mkdir(dirtyMark, 0o700); err != nil {
+			return fmt.Errorf("workdir %s: %w", fs.work.Name(), err)
+		}
+		return fs.work.SyncDir(workRoot)
+	}
+	return nil
+}
+
+// Close settles every file and closes the layers. It returns the first error that concerns data.
+func (fs *FS) Close() error {
+	err := fs.cfg.Engine.Close()
+	if fs.upper != nil && err == nil && fs.cfg.Volatile {
+		if err = unix.Syncfs(fs.upper.RootFD()); err == nil {
+			err = fs.work.Rmdir(dirtyMark)
+		}
+	}
+	for _, l := range fs.lowers {
+		err = firstError(err, l.Close())
+	}
+	if fs.upper != nil {
+		err = firstError(err, fs.upper.Close())
+		err = firstError(err, fs.work.Close())
+	}
+	return err
+}
+
+// Engine gives the block engine, for statistics.
+func (fs *FS) Engine() *block.Engine { return fs.cfg.Engine }
+
+// ReadOnly says that there is no upper layer.
+func (fs *FS) ReadOnly() bool { return fs.upper == nil }
+
+// Statfs describes the filesystem that new bytes go to: the upper's, or the topmost lower's of a read-only union.
+func (fs *FS) Statfs() (unix.Statfs_t, error) {
+	if fs.upper != nil {
+		return fs.upper.Statfs()
+	}
+	if d, ok := fs.lowers[0].(*layer.Dir); ok {
+		return d.Statfs()
+	}
+	return unix.Statfs_t{Namelen: 255, Bsize: 4096}, nil
+}
+
+func firstError(a, b error) error {
+	if a != nil {
+		return a
+	}
+	return b
+}
+
+// inoOf makes a union inode number of a layer's: as it is on the first filesystem, with the filesystem's index in the
+// top bits on the others (overlayfs's xino), mixed where the number itself reaches that far.
+func (fs *FS) inoOf(fsid, ino uint64) uint64 {
+	idx := fs.fsids[fsid]
+	if idx == 0 {
+		return ino
+	}
+	const shift = 48
+	if ino>>shift == 0 {
+		return ino | idx<<shift
+	}
+	x := (ino ^ idx*0x9e3779b97f4a7c15) * 0xbf58476d1ce4e5b9
+	return x ^ x>>31
+}
+
+// logDamage reports an object that cannot be trusted, once per event.
+func (fs *FS) logDamage(what, path string, err error) {
+	fs.cfg.Logf("%s: /%s: %v", what, path, err)
+}
+
+// removeContents empties dir, which holds only what Lamina put there.
+func removeContents(d *layer.Dir, dir string) error {
+	entries, err := d.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		p := join(dir, e.Name)
+		if err := d.Unlink(p); err == nil || errors.Is(err, unix.ENOENT) {
+			continue
+		}
+		if err := removeContents(d, p); err != nil {
+			return err
+		}
+		if err := d.Rmdir(p); err != nil {
+			return err
+		}
+		d.Invalidate(p)
+	}
+	return nil
+}
+
+// discard empties and removes a directory that was moved into the workdir. What fails stays for the next mount to
+// remove: the tree no longer shows it.
+func (fs *FS) discard(tmp string) {
+	err := removeContents(fs.work, tmp)
+	if err == nil {
+		err = fs.work.Rmdir(tmp)
+		fs.work.Invalidate(tmp)
+	}
+	if err != nil {
+		fs.cfg.Logf("workdir %s: leftover %s: %v", fs.work.Name(), tmp, err)
+	}
+}
+
+func (fs *FS) tmpName() string {
+	return fmt.Sprintf("%s/%d-%d", tmpDir, os.Getpid(), fs.tmpSeq.Add(1))
+}
+
+func join(dir, name string) string {
+	if dir == "" {
+		return name
+	}
+	if name == "" {
+		return dir
+	}
+	return dir + "/" + name
+}
+
+func isDir(mode uint32) bool { return mode&unix.S_IFMT == unix.S_IFDIR }
+func isReg(mode uint32) bool { return mode&unix.S_IFMT == unix.S_IFREG }

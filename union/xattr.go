@@ -1,0 +1,168 @@
+package union
+
+import (
+	"slices"
+	"strings"
+
+	"lamina/layer"
+
+	"golang.org/x/sys/unix"
+)
+
+// stored is what the layers call an attribute: overlayfs's own namespace is escaped, so that a union can lie on a union.
+func (fs *FS) stored(name string) string {
+	if rest, ok := strings.CutPrefix(name, fs.prefix); ok {
+		return fs.prefix + "overlay." + rest
+	}
+	return name
+}
+
+// shown is the reverse of stored; false for overlay's own attributes.
+func (fs *FS) shown(name string) (string, bool) {
+	if rest, ok := strings.CutPrefix(name, fs.prefix); ok {
+		rest, ok = strings.CutPrefix(rest, "overlay.")
+		return fs.prefix + rest, ok
+	}
+	return name, true
+}
+
+// xattrAt says where the attributes of a node are. The caller holds tree.
+func (fs *FS) xattrAt(n *Node) (layer.Layer, string, error) {
+	if n.upper {
+		return asLayer(fs.upperAt(n))
+	}
+	return fs.lowers[n.stack[0].layer], n.stack[0].path, nil
+}
+
+func asLayer(d *layer.Dir, path string, err error) (layer.Layer, string, error) { return d, path, err }
+
+// Getxattr returns ENODATA if there is no such attribute.
+func (fs *FS) Getxattr(n *Node, name string) ([]byte, error) {
+	fs.tree.RLock()
+	defer fs.tree.RUnlock()
+	if n.dead {
+		return fs.getxattrFD(n, fs.stored(name))
+	}
+	l, path, err := fs.xattrAt(n)
+	if err != nil {
+		return nil, err
+	}
+	return l.Getxattr(path, fs.stored(name))
+}
+
+func (fs *FS) getxattrFD(n *Node, name string) ([]byte, error) {
+	o, err := fs.object(n)
+	if err != nil {
+		return nil, unix.ENODATA
+	}
+	buf := make([]byte, 64<<10)
+	size, err := unix.Fgetxattr(o.fd, name, buf)
+	if err != nil {
+		return nil, err
+	}
+	return buf[:size], nil
+}
+
+// Listxattr names the attributes, overlay's own left out.
+func (fs *FS) Listxattr(n *Node) ([]string, error) {
+	fs.tree.RLock()
+	defer fs.tree.RUnlock()
+	if n.dead {
+		return nil, nil
+	}
+	l, path, err := fs.xattrAt(n)
+	if err != nil {
+		return nil, err
+	}
+	stored, err := l.Listxattr(path)
+	if err != nil {
+		return nil, err
+	}
+	names := slices.Grow([]string(nil), len(stored))
+	for _, s := range stored {
+		if name, ok := fs.shown(s); ok {
+			names = append(names, name)
+		}
+	}
+	return names, nil
+}
+
+// Setxattr sets an attribute; flags are XATTR_CREATE and XATTR_REPLACE. killSGID: the caller sets an ACL and may not
+// keep the set-group-id bit.
+func (fs *FS) Setxattr(n *Node, name string, value []byte, flags int, killSGID bool) error {
+	return fs.changeXattr(n, func(o object) error {
+		if err := o.setxattr(fs.stored(name), value, flags); err != nil || !killSGID {
+			return err
+		}
+		st, err := o.stat()
+		if err == nil && st.Mode&unix.S_ISGID != 0 {
+			err = o.chmod(st.Mode & 0o7777 &^ unix.S_ISGID)
+		}
+		return err
+	})
+}
+
+// Removexattr removes an attribute.
+func (fs *FS) Removexattr(n *Node, name string) error {
+	if fs.upper != nil { // do not copy up for an attribute that is not there
+		if _, err := fs.Getxattr(n, name); err != nil {
+			return err
+		}
+	}
+	return fs.changeXattr(n, func(o object) error { return o.removexattr(fs.stored(name)) })
+}
+
+func (fs *FS) changeXattr(n *Node, change func(object) error) error {
+	if err := fs.copyUp(n, false); err != nil {
+		return err
+	}
+	fs.tree.RLock()
+	defer fs.tree.RUnlock()
+	o, err := fs.object(n)
+	if err != nil {
+		return err
+	}
+	n.privClean.Store(false)
+	n.defACL.Store(aclUnknown)
+	return change(o)
+}
+
+// What is known of a directory's default ACL, which decides whether new objects get the umask or the ACL.
+const (
+	aclUnknown int32 = iota
+	aclNone
+	aclPresent
+)
+
+// hasDefaultACL asks once. The caller holds tree, and the directory is in the upper layer.
+func (fs *FS) hasDefaultACL(dir *Node) (bool, error) {
+	if s := dir.defACL.Load(); s != aclUnknown {
+		return s == aclPresent, nil
+	}
+	_, err := fs.upper.Getxattr(dir.path(), aclDefault)
+	state := aclPresent
+	if err != nil {
+		if e := errnoOf(err); e != unix.ENODATA && e != unix.EOPNOTSUPP {
+			return false, err
+		}
+		state = aclNone
+	}
+	dir.defACL.Store(state)
+	return state == aclPresent, nil
+}
+
+const aclDefault = "system.posix_acl_default"
+
+// Readlink gives a symbolic link's target.
+func (fs *FS) Readlink(n *Node) (string, error) {
+	fs.tree.RLock()
+	defer fs.tree.RUnlock()
+	if n.dead {
+		return "", unix.ESTALE
+	}
+	l, path, err := fs.xattrAt(n)
+	if err != nil {
+		return "", err
+	}
+	return l.Readlink(path)
+}
