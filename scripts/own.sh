@@ -14,7 +14,7 @@ loops() { losetup -n -O NAME,BACK-FILE 2>/dev/null | awk -v d="$run/" 'index($2,
 procs() {
 	for p in /proc/[0-9]*; do
 		[ "${p#/proc/}" != $$ ] || continue
-		tr '\0' '\n' <"$p/environ" 2>/dev/null | grep -qxF "TMPDIR=$run" || continue
+		{ tr '\0' '\n' <"$p/environ"; } 2>/dev/null | grep -qxF "TMPDIR=$run" || continue
 		# A zombie and our own pipeline's children hold nothing.
 		exe=$(readlink "$p/exe" 2>/dev/null) || continue
 		case "$exe" in */lamina | */fuse-overlayfs | *.test | */fio) echo "${p#/proc/}" ;; esac

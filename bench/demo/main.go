@@ -150,8 +150,9 @@ func onSystem(ctx context.Context, system rival.System, binary, disk string, low
 		err = errors.Join(err, os.RemoveAll(dir("")))
 	}()
 
-	// A reader of one row first: it warms the program and the names, as much for the one as for the other.
-	if _, err := sqlite(ctx, m.Dir, "SELECT name FROM image WHERE id = 1;"); err != nil {
+	// One row read first, from a descriptor that cannot write: it warms the program and the names, as much for the one as
+	// for the other, and copies nothing up.
+	if _, err := sqlite(ctx, m.Dir, "SELECT name FROM image WHERE id = 1;", "-readonly"); err != nil {
 		return o, err
 	}
 	start := time.Now()
@@ -186,8 +187,8 @@ func updates() string {
 }
 
 // sqlite runs the image's own sqlite3 on the image's own database.
-func sqlite(ctx context.Context, root, sql string) (string, error) {
-	cmd := exec.CommandContext(ctx, "/usr/bin/sqlite3", "/"+database)
+func sqlite(ctx context.Context, root, sql string, flags ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "/usr/bin/sqlite3", append(flags, "/"+database)...)
 	cmd.Stdin = strings.NewReader(sql)
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
