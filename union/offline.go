@@ -276,6 +276,10 @@ func (fs *FS) rewrite(paths []string, f *found) error {
 	if err == nil && !f.header.Kernel {
 		err = fs.setOrigin(p, key{f.header.Ident.FS, f.header.Ident.Ino})
 	}
+	index := ""
+	if err == nil {
+		index, err = fs.copyIndexMark(p, f)
+	}
 	if err == nil {
 		err = p.setTimes(fs, st.Atim, st.Mtim)
 	}
@@ -287,6 +291,15 @@ func (fs *FS) rewrite(paths []string, f *found) error {
 		return err
 	}
 	defer unix.Close(fd)
+	if index != "" {
+		link := p.tmp + "-index"
+		if err := fs.work.Link(p.tmp, link); err != nil {
+			return err
+		}
+		if err := layer.Rename(fs.work, link, fs.work, index, 0); err != nil {
+			return err
+		}
+	}
 	for i, path := range paths {
 		from := p.tmp
 		if i+1 < len(paths) {
@@ -300,6 +313,20 @@ func (fs *FS) rewrite(paths []string, f *found) error {
 		}
 	}
 	return nil
+}
+
+// copyIndexMark gives the new file the link count of the one it replaces, and says where the index has that one.
+func (fs *FS) copyIndexMark(p *prepared, f *found) (index string, err error) {
+	k, _ := fs.keyOf(f)
+	index = indexPath(k)
+	if st, err := fs.work.Stat(index); err != nil || st.Ino != f.st.Ino {
+		return "", nil
+	}
+	v, err := fs.work.Getxattr(index, fs.prefix+layer.XattrNlink)
+	if err != nil {
+		return "", err
+	}
+	return index, p.setxattr(fs, fs.prefix+layer.XattrNlink, v)
 }
 
 func (fs *FS) flattenTo(fd int, path string, f *found) error {
