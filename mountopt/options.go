@@ -105,9 +105,7 @@ type Options struct {
 
 	UIDs, GIDs           []IDRange // nil: ids are shown as they are
 	SquashUID, SquashGID *uint32   // every object is shown as owned by them
-	StaticNlink          bool      // directories are shown with one link
 	NoACL                bool
-	NoXattrs             bool
 
 	Format    Format
 	BlockSize int // bytes; 0: the format's own

@@ -54,8 +54,8 @@ func TestMeaning(t *testing.T) {
 		{"squash_to_root", func(o *Options) { o.SquashUID, o.SquashGID = id(0), id(0) }},
 		{"squash_to_uid=7,squash_to_root", func(o *Options) { o.SquashUID, o.SquashGID = id(7), id(0) }},
 		{"squash_to_root,squash_to_gid=8", func(o *Options) { o.SquashUID, o.SquashGID = id(0), id(8) }},
-		{"xattr_permissions=2,static_nlink,noacl,noxattrs", func(o *Options) {
-			o.Perms, o.StaticNlink, o.NoACL, o.NoXattrs = PermsContainers, true, true, true
+		{"xattr_permissions=2,static_nlink,noacl", func(o *Options) {
+			o.Perms, o.NoACL = PermsContainers, true
 		}},
 		{"disable_xattrs=0,fast_ino=1,threaded=0,clone_fd,max_idle_threads=10,timeout=0.5,writeback=0,ino32_t=0", func(*Options) {}},
 		{"format=bcow,block_size=64k,caw=lazy,fill=idle,copyup=block,transport=dev,passthrough=off,max_stack_depth=2", func(o *Options) {
@@ -142,6 +142,8 @@ func TestRefused(t *testing.T) {
 		"ino32_t":                           "64 bits",
 		"timeout=soon":                      "not a number",
 		"timeout=NaN":                       "not a number",
+		"noxattrs":                          "leave it out",
+		"disable_xattrs=1":                  "leave it out",
 		"plugins=a.so":                      "no plugins",
 		"format=qcow":                       "sparse, bcow, bcow-single",
 		"block_size=5000":                   "power of two",

@@ -93,12 +93,12 @@ var table = []Option{
 	{"squash_to_root", "", "Shows every object as owned by 0:0. squash_to_uid and squash_to_gid go before it.", FuseOverlayfs, squashToRoot},
 	{"squash_to_uid", "UID", "Shows every object as owned by this user.", FuseOverlayfs, setID(func(o *Options) **uint32 { return &o.SquashUID })},
 	{"squash_to_gid", "GID", "Shows every object as owned by this group.", FuseOverlayfs, setID(func(o *Options) **uint32 { return &o.SquashGID })},
-	{"static_nlink", "", "Shows every directory with one link.", FuseOverlayfs, func(p *parser, _ string) string { p.o.StaticNlink = true; return "" }},
+	{"static_nlink", "", "Directories are shown with one link, as always with Lamina.", FuseOverlayfs, acceptFlag},
 	{"xattr_permissions", "0|1|2", "Where the upper layer keeps owners and modes: in its inodes (0, default), in security.fuseoverlayfs.override_stat (1), in user.containers.override_stat (2). A lower layer's root says it itself.", FuseOverlayfs,
 		choice("0", setPerms(PermsInode), "1", setPerms(PermsPrivileged), "2", setPerms(PermsContainers))},
 	{"noacl", "", "No POSIX access control lists.", FuseOverlayfs, func(p *parser, _ string) string { p.o.NoACL = true; return "" }},
-	{"noxattrs", "[0|1]", "No extended attributes: reading and setting them gives EOPNOTSUPP.", FuseOverlayfs, setNoXattrs},
-	{"disable_xattrs", "[0|1]", "The same as noxattrs.", FuseOverlayfs, setNoXattrs},
+	{"noxattrs", "[0]", "noxattrs=1 is refused: Lamina does not take the layers' extended attributes away.", FuseOverlayfs, setNoXattrs},
+	{"disable_xattrs", "[0]", "The same as noxattrs.", FuseOverlayfs, setNoXattrs},
 	{"fsync", "0|1", "fsync=0 never syncs, as volatile.", FuseOverlayfs,
 		choice("0", func(p *parser) { p.o.Volatile = true }, "1", func(p *parser) { p.o.Volatile = false })},
 	{"writeback", "[0]", "writeback=1 is refused: the kernel's writeback cache excludes passthrough and hides which bytes were written.", FuseOverlayfs,
@@ -178,6 +178,7 @@ var table = []Option{
 const (
 	noVerity    = "Lamina does not check fs-verity digests: leave it out, or mount with kernel overlayfs"
 	noWriteback = "the kernel's writeback cache excludes passthrough: leave it out"
+	noNoXattrs  = "Lamina shows the layers' extended attributes: leave it out"
 	noIno32     = "inode numbers have 64 bits: leave it out"
 )
 
@@ -414,8 +415,7 @@ func setID(field func(*Options) **uint32) setter {
 	}
 }
 
-var setNoXattrs = choice("0", func(p *parser) { p.o.NoXattrs = false },
-	"1", func(p *parser) { p.o.NoXattrs = true }, "", func(p *parser) { p.o.NoXattrs = true })
+var setNoXattrs = choice("0", accept, "1", noNoXattrs, "", noNoXattrs)
 
 func setCopyUp(p *parser, v string) string {
 	p.copyUp = CopyUp(v)
