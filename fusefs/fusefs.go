@@ -153,6 +153,7 @@ func Mount(fs *union.FS, mnt string, opt Options) (*Server, error) {
 	go func() {
 		defer close(s.done)
 		dev.serve()
+		srv.releaseAll()
 	}()
 	if err := dev.ready(); err != nil {
 		return nil, errors.Join(fmt.Errorf("mount point %s: the mount does not answer: %w", mnt, err), s.Unmount())

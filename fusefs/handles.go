@@ -69,6 +69,23 @@ func (t *handles) remove(fh uint64) *handle {
 	return h
 }
 
+// takeAll removes and returns every handle.
+func (t *handles) takeAll() []*handle {
+	var all []*handle
+	for fh := uint64(1); t.known(fh); fh++ {
+		if h := t.remove(fh); h != nil {
+			all = append(all, h)
+		}
+	}
+	return all
+}
+
+func (t *handles) known(fh uint64) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return fh <= t.size
+}
+
 // open counts the handles in use.
 func (t *handles) open() int {
 	t.mu.Lock()

@@ -96,7 +96,7 @@ func writes(flags uint32) bool {
 const unionFlags = unix.O_ACCMODE | unix.O_TRUNC
 
 // open opens n as the kernel asks and fills out. ESTALE: the names of n belong to another node now.
-func (s *server) open(n *union.Node, flags uint32, killPriv bool, out *fuse.OpenOut) error {
+func (s *server) open(n *union.Node, flags uint32, dropSetID bool, out *fuse.OpenOut) error {
 	m := s.modes.hold(n.ID())
 	open := s.openReader
 	if writes(flags) {
@@ -107,8 +107,8 @@ func (s *server) open(n *union.Node, flags uint32, killPriv bool, out *fuse.Open
 		s.modes.drop(n.ID(), m)
 		return err
 	}
-	if killPriv {
-		if _, err := s.fs.SetAttr(n, union.SetAttr{KillPriv: true}); err != nil {
+	if dropSetID {
+		if err := s.dropSetID(n); err != nil {
 			s.release(h)
 			return err
 		}
@@ -258,6 +258,13 @@ func (s *server) release(h *handle) {
 	m.mu.Unlock()
 	h.Release()
 	s.modes.drop(h.id, m)
+}
+
+// releaseAll ends the descriptors whose RELEASE the kernel dropped when the mount went.
+func (s *server) releaseAll() {
+	for _, h := range s.handles.takeAll() {
+		s.release(h)
+	}
 }
 
 // noticeMapping makes the kernel ask for the attributes again if the file's bytes changed while h was open. The kernel

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"lamina/block"
 	"lamina/layer"
@@ -68,7 +69,7 @@ func openUnion(t testing.TB, lower, upper, work string, readOnly bool) *union.FS
 	t.Helper()
 	low, err := layer.OpenDir(lower, layer.Options{ReadOnly: true})
 	must(t, err)
-	cfg := union.Config{Lowers: []layer.Layer{low}, Engine: block.NewEngine(block.Options{Logf: t.Logf}),
+	cfg := union.Config{Lowers: []layer.Layer{low}, Engine: block.NewEngine(block.Options{SettleDelay: time.Millisecond, Logf: t.Logf}),
 		CopyUp: union.CopyUpBlock, Redirect: true, Follow: true, Index: true, Logf: t.Logf}
 	if !readOnly {
 		cfg.Upper, err = layer.OpenDir(upper, layer.Options{})

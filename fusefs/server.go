@@ -246,6 +246,9 @@ func (s *server) SetAttr(_ <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOu
 		return s.status(err)
 	}
 	want, err := s.setAttrOf(in)
+	if err == nil && onlyDropsSetID(in.Valid) {
+		err = s.dropSetID(n)
+	}
 	if err != nil {
 		return s.status(err)
 	}
@@ -300,16 +303,35 @@ func (s *server) setAttrOf(in *fuse.SetAttrIn) (union.SetAttr, error) {
 	}
 	want.Atime = timeOf(in.Valid, fuse.FATTR_ATIME, fuse.FATTR_ATIME_NOW, in.Atime, in.Atimensec)
 	want.Mtime = timeOf(in.Valid, fuse.FATTR_MTIME, fuse.FATTR_MTIME_NOW, in.Mtime, in.Mtimensec)
-	want.KillPriv = in.Valid&fuse.FATTR_KILL_SUIDGID != 0 || onlyKillsPriv(in.Valid)
+	want.KillPriv = in.Valid&fuse.FATTR_KILL_SUIDGID != 0
 	return want, nil
 }
 
-// onlyKillsPriv recognises what the kernel makes of "drop the set-id bits" before a write to a passed-through file. With
-// FUSE_HANDLE_KILLPRIV_V2 it takes the mode out of the SETATTR and trusts that the WRITE which follows asks for the same
-// (fuse_setattr in fs/fuse/dir.c); but that write goes to the backing file, under the server's credentials, which may
-// keep the bits. What arrives here is a SETATTR that changes nothing.
-func onlyKillsPriv(valid uint32) bool {
+// onlyDropsSetID recognises what the kernel makes of "drop the set-id bits" before it changes a file's bytes. With
+// FUSE_HANDLE_KILLPRIV_V2 it takes the mode out of the SETATTR and trusts that the request which follows asks for the
+// same (fuse_setattr in fs/fuse/dir.c). But a write to a passed-through file follows on the backing file, under the
+// server's credentials, which may keep the bits, and FALLOCATE has no way to ask. What arrives is a SETATTR that changes
+// nothing.
+func onlyDropsSetID(valid uint32) bool {
 	return valid&^(fuse.FATTR_FH|fuse.FATTR_LOCKOWNER|fuse.FATTR_CTIME) == 0
+}
+
+// dropSetID takes the set-id bits away as a write by an unprivileged process does: the set-group-id bit of a file that
+// its group cannot execute means something else, and stays.
+func (s *server) dropSetID(n *union.Node) error {
+	st, err := s.fs.Attr(n)
+	if err != nil {
+		return err
+	}
+	mode := st.Mode & 0o7777 &^ unix.S_ISUID
+	if mode&unix.S_IXGRP != 0 {
+		mode &^= unix.S_ISGID
+	}
+	if mode == st.Mode&0o7777 {
+		return nil
+	}
+	_, err = s.fs.SetAttr(n, union.SetAttr{Mode: &mode})
+	return err
 }
 
 func timeOf(valid, set, now uint32, sec uint64, nsec uint32) *unix.Timespec {
