@@ -1,0 +1,139 @@
+// Package cli is the command line of lamina: it parses flags, wires the packages below and reports. The manual pages are
+// made from its commands (cmd/lamina/genman).
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+)
+
+// Exit statuses. Those of mount and umount are mount(8)'s, because Lamina is also its helper.
+const (
+	exitOK      = 0
+	exitUsage   = 1  // mount: incorrect invocation
+	exitFailure = 32 // mount: failed
+
+	exitFindings = 1 // fsck: something is wrong
+	exitTrouble  = 2 // fsck: could not check
+)
+
+// exitError is an error with an exit status of its own. A nil err exits silently.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit status %d", e.code)
+	}
+	return e.err.Error()
+}
+
+func (e *exitError) Unwrap() error { return e.err }
+
+func withCode(code int, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &exitError{code, err}
+}
+
+// Main runs the command line argv, whose first element is the program's name, and returns the exit status.
+func Main(argv []string) int {
+	name, args := "lamina", []string(nil)
+	if len(argv) > 0 {
+		name, args = filepath.Base(argv[0]), argv[1:]
+	}
+	var err error
+	if strings.HasPrefix(name, "mount.") {
+		err = mountHelper(args)
+	} else {
+		root := Command()
+		root.SetArgs(mountProgram(root, args))
+		err = root.Execute()
+	}
+	return report(err)
+}
+
+// report prints an error as one line and returns the exit status.
+func report(err error) int {
+	if err == nil {
+		return exitOK
+	}
+	var e *exitError
+	if !errors.As(err, &e) {
+		e = &exitError{exitUsage, err}
+	}
+	if e.err != nil {
+		fmt.Fprintln(os.Stderr, "lamina: "+oneLine(err))
+	}
+	return e.code
+}
+
+// oneLine flattens joined errors.
+func oneLine(err error) string {
+	return strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
+}
+
+// Command returns the whole command tree.
+func Command() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "lamina",
+		Short: "block-accessible overlay filesystems for containers",
+		Long: `Lamina stacks directories into one tree, as kernel overlayfs does, and serves it in user space. Writing one byte to a
+file of an image costs one block instead of one file.
+
+Where a program expects fuse-overlayfs, lamina takes its place: "lamina -o OPTIONS MOUNTPOINT" mounts without naming
+the subcommand. Installed as /sbin/mount.fuse.lamina it makes "mount -t fuse.lamina" work.`,
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		Version:           Version(),
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+	}
+	root.SetVersionTemplate("lamina: version {{.Version}}\n")
+	root.AddCommand(mountCommand(), umountCommand(), statusCommand(), fsckCommand(), flattenCommand())
+	return root
+}
+
+// Version is that of the module's build, or its revision.
+func Version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	version := info.Main.Version
+	if version == "" || version == "(devel)" {
+		version = "devel"
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				version += "-" + s.Value[:min(12, len(s.Value))]
+			}
+		}
+	}
+	return version
+}
+
+// mountProgram turns the invocations of programs that expect a mount program, such as Podman's
+// "lamina -o OPTIONS MOUNTPOINT" and mount.fuse3's "lamina NAME MOUNTPOINT -o OPTIONS", into those of the subcommand.
+func mountProgram(root *cobra.Command, args []string) []string {
+	if len(args) == 0 {
+		return args
+	}
+	known := slices.ContainsFunc(root.Commands(), func(c *cobra.Command) bool { return c.Name() == args[0] })
+	if known || !slices.ContainsFunc(args, isMountOptions) {
+		return args
+	}
+	return append([]string{"mount"}, args...)
+}
+
+func isMountOptions(arg string) bool {
+	return strings.HasPrefix(arg, "-o") || arg == "--options" || strings.HasPrefix(arg, "--options=")
+}

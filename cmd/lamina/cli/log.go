@@ -1,0 +1,110 @@
+package cli
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxLog bounds a log file, in bytes; the one before it is kept beside it.
+const maxLog = 1 << 20
+
+// logger writes lines that say when, who and what.
+type logger struct {
+	mu   sync.Mutex
+	out  *os.File
+	path string // empty: standard error
+	size int64
+}
+
+func newStderrLog() *logger { return &logger{out: os.Stderr} }
+
+// openLog opens the log file at path, makes it standard error as well, and starts a new one where it is full.
+func openLog(path string) (*logger, error) {
+	if err := makeRuntimeDir(); err != nil {
+		return nil, err
+	}
+	lg := &logger{path: path}
+	return lg, lg.open()
+}
+
+func (lg *logger) open() error {
+	f, err := os.OpenFile(lg.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return fmt.Errorf("log file: %w", err)
+	}
+	st, err := f.Stat()
+	if err == nil {
+		err = unix.Dup3(int(f.Fd()), 2, 0)
+	}
+	if err != nil {
+		f.Close()
+		return fmt.Errorf("log file %s: %w", lg.path, err)
+	}
+	if lg.out != nil {
+		lg.out.Close()
+	}
+	lg.out, lg.size = f, st.Size()
+	return nil
+}
+
+func (lg *logger) printf(format string, args ...any) {
+	msg := strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", `\n`)
+	line := fmt.Sprintf("%s lamina[%d]: %s\n", time.Now().UTC().Format("2006-01-02T15:04:05.000Z"), os.Getpid(), msg)
+	lg.mu.Lock()
+	defer lg.mu.Unlock()
+	if lg.path != "" && lg.size > maxLog {
+		lg.rotate()
+	}
+	n, _ := lg.out.WriteString(line) // nowhere is left to say that the log is full
+	lg.size += int64(n)
+}
+
+func (lg *logger) rotate() {
+	if err := os.Rename(lg.path, lg.path+".1"); err == nil {
+		err = lg.open()
+		if err == nil {
+			return
+		}
+	}
+	lg.size = 0 // stay with the file and try again later
+}
+
+// close ends the log. After a clean end a log without a line is of no use to anybody.
+func (lg *logger) close(clean bool) {
+	lg.mu.Lock()
+	defer lg.mu.Unlock()
+	if lg.path == "" {
+		return
+	}
+	if st, err := lg.out.Stat(); clean && err == nil && st.Size() == 0 {
+		_ = os.Remove(lg.path)
+	}
+	lg.out.Close()
+}
+
+// logPath names the log of the mount on mnt, readably.
+func logPath(mnt string) string {
+	name := strings.ReplaceAll(strings.Trim(mnt, "/"), "/", "-")
+	if name == "" {
+		name = "root"
+	}
+	const enough = 150
+	if len(name) > enough {
+		name = name[len(name)-enough:] + "-" + mountHash(mnt)
+	}
+	return filepath.Join(runtimeDir(), name+".log")
+}
+
+// mountHash names a mount point in few bytes: a unix socket's path has at most 107.
+func mountHash(mnt string) string {
+	sum := sha256.Sum256([]byte(mnt))
+	return hex.EncodeToString(sum[:8])
+}

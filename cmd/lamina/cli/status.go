@@ -1,0 +1,142 @@
+package cli
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+func statusCommand() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "status [--json] [MOUNTPOINT]",
+		Short: "show the mounts that are being served",
+		Long: `Asks the server of the mount on MOUNTPOINT, or of every mount of this user, and shows layers, transport,
+passthrough, open files, sketches and their blocks by state, the copier's queue, the bytes that were not copied because
+files were not copied up whole, and errors.
+
+Blocks are those of open sketches: lower (not touched), in transit (partly written, the rest still to be copied) and
+upper. With --json the output is one object for MOUNTPOINT, or an array of objects for all mounts.`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return status(cmd.OutOrStdout(), args, asJSON)
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func status(w io.Writer, args []string, asJSON bool) error {
+	mnt := ""
+	if len(args) == 1 {
+		var err error
+		if mnt, err = resolveMount(args[0]); err != nil {
+			return err
+		}
+	}
+	all, err := mountsOn(mnt)
+	if err != nil {
+		return err
+	}
+	if mnt != "" && len(all) == 0 {
+		return fmt.Errorf("%s: no server of a Lamina mount answers here: see lamina status for all mounts", args[0])
+	}
+	switch {
+	case mnt != "" && asJSON:
+		return printJSON(w, topmost(all))
+	case mnt != "":
+		return printOne(w, topmost(all))
+	case asJSON:
+		return printJSON(w, append([]Status{}, all...)) // no mounts are an empty array, not null
+	}
+	return printTable(w, all)
+}
+
+// topmost picks, of several mounts on one directory, the one that was mounted last.
+func topmost(all []Status) *Status {
+	top := &all[0]
+	for i := range all {
+		if all[i].Started.After(top.Started) {
+			top = &all[i]
+		}
+	}
+	return top
+}
+
+func printJSON(w io.Writer, v any) error {
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+func printTable(w io.Writer, all []Status) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "MOUNTPOINT\tPID\tLOWERS\tPASSTHROUGH\tOPEN\tSKETCHES\tLOWER\tIN TRANSIT\tUPPER\tQUEUE\tNOT COPIED\tERRORS")
+	for _, s := range all {
+		fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%d\t%d\t%d\t%d\t%d\t%d\t%s\t%d\n", s.Mountpoint, s.PID, len(s.Lower), s.Passthrough, s.OpenFiles,
+			s.Sketches, s.Blocks.Lower, s.Blocks.InTransit, s.Blocks.Upper, s.Queue, humanBytes(s.BytesNotCopied), s.Errors)
+	}
+	return t.Flush()
+}
+
+func printOne(w io.Writer, s *Status) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(t, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
+	row("mount point", "%s", s.Mountpoint)
+	row("server", "pid %d, version %s, up %s", s.PID, s.Version, time.Since(s.Started).Round(time.Second))
+	if s.Upper != "" {
+		row("upper", "%s", s.Upper)
+		row("work", "%s", s.Work)
+	} else {
+		row("upper", "none (read-only)")
+	}
+	for i, l := range s.Lower {
+		row(fmt.Sprintf("lower %d", i+1), "%s", l)
+	}
+	row("options", "%s", strings.Join(optionWords(s), ", "))
+	row("transport", "%s", s.Transport)
+	if s.PassthroughReason != "" {
+		row("passthrough", "%s: %s", s.Passthrough, s.PassthroughReason)
+	} else {
+		row("passthrough", "%s: %d opens passed through, %d cached", s.Passthrough, s.FUSE.PassedOpens, s.FUSE.CachedOpens)
+	}
+	row("open files", "%d", s.OpenFiles)
+	row("sketches", "%d open; %d created, %d completed", s.Sketches, s.SketchesCreated, s.SketchesComplete)
+	row("blocks", "%d lower, %d in transit, %d upper", s.Blocks.Lower, s.Blocks.InTransit, s.Blocks.Upper)
+	row("queue", "%d to copy, %d settling", s.Queue, s.Settling)
+	row("not copied", "%s; copied %s", humanBytes(s.BytesNotCopied), humanBytes(s.BytesCopied))
+	row("errors", "%d", s.Errors)
+	if s.Log != "" {
+		row("log", "%s", s.Log)
+	}
+	return t.Flush()
+}
+
+func optionWords(s *Status) []string {
+	words := []string{"format=" + s.Format, "caw=" + s.CaW, "copyup=" + s.CopyUp, "fill=" + s.Fill, s.Namespace + ".*"}
+	if s.Volatile {
+		words = append(words, "volatile")
+	}
+	return words
+}
+
+// humanBytes shows a size in the largest binary unit of which it holds one.
+func humanBytes(n int64) string {
+	units := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB"}
+	f, i := float64(n), 0
+	for f >= 1024 && i < len(units)-1 {
+		f, i = f/1024, i+1
+	}
+	if i == 0 {
+		return fmt.Sprintf("%d B", n)
+	}
+	return fmt.Sprintf("%.1f %s", f, units[i])
+}
+
+var errNotMounted = errors.New("not a Lamina mount")
