@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -38,6 +39,8 @@ type Config struct {
 	Upper, Work string   // empty: read-only
 	Options     []string // further -o options, as the system names them
 	Binary      string   // Lamina's; empty: bin/lamina of this repository, or $LAMINA
+	Prefix      []string // Lamina only: a command that runs it, such as setpriv with its arguments
+	Cwd         string   // Lamina only: where to run it
 	Foreground  bool     // Lamina only: keep the server as this process's child, so that its pid is known (Mount.Server)
 }
 
@@ -159,12 +162,15 @@ func (m *Mount) upLamina(ctx context.Context) error {
 	if m.Foreground {
 		args = append([]string{"mount", "-f"}, args[1:]...)
 	}
-	cmd := exec.Command(m.Binary, args...)
+	argv := append(append(slices.Clone(m.Prefix), m.Binary), args...)
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Dir = m.Cwd
 	cmd.Env = append(os.Environ(), m.mark)
 	if m.Foreground {
 		return m.upForeground(cmd)
 	}
 	cmd.Stderr = &m.stderr
+	cmd.WaitDelay = 10 * time.Second // the server must let go of its caller's streams
 	if err := cmd.Run(); err != nil {
 		return &ExitError{Args: cmd.Args, Err: err, Stderr: m.stderr.String()}
 	}

@@ -41,6 +41,10 @@ type T struct {
 func Dirs(t testing.TB, names ...string) []string {
 	t.Helper()
 	base := t.TempDir()
+	// The tests' directory is its owner's alone, and other users act in it too.
+	if err := os.Chmod(filepath.Dir(base), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	paths := make([]string, len(names))
 	for i, n := range names {
 		paths[i] = filepath.Join(base, n)
