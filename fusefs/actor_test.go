@@ -52,7 +52,8 @@ const actorEnv = "LAMINA_FUSEFS_ACTOR"
 func startActor(t testing.TB, uid int) *actor {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", actorEnv, uid))
+	// The race detector sleeps a second at every exit otherwise.
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", actorEnv, uid), "GORACE=atexit_sleep_ms=0")
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	must(t, err)

@@ -46,6 +46,38 @@ func TestAppendByTwo(t *testing.T) {
 			want += line
 		}
 		same(t, "the file", a.pread(a.open(file, unix.O_RDONLY), 0, len(want)+10), want)
+		if st := a.stat(file); st.Size != int64(len(want)) {
+			t.Errorf("size %d, want %d", st.Size, len(want))
+		}
+		// What the server does itself must know of bytes that it was not asked to write.
+		rw := b.open(file, unix.O_RDWR)
+		if out := b.must(request{Op: "copy", FD: rw, Off: fileLen, FD2: rw, Off2: 0, Len: 6}); out.N != 6 {
+			t.Errorf("copied %d of 6 bytes", out.N)
+		}
+		same(t, "the appended bytes copied to the front", b.pread(rw, 0, 8), "line 0"+want[6:8])
+	})
+}
+
+// TestStatAgainstClose: attributes are asked for by name while the last descriptor is being released.
+func TestStatAgainstClose(t *testing.T) {
+	eachMode(t, func(t *testing.T, r *rig, file string) {
+		a, b := startActor(t, 0), startActor(t, 0)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for range 300 {
+				if out := b.do(request{Op: "stat", Path: file}); out.Errno != 0 || out.Stat.Size < fileLen {
+					t.Errorf("stat: %v, size %d", out.Errno, out.Stat.Size)
+					return
+				}
+			}
+		}()
+		for range 300 {
+			fd := a.open(file, unix.O_RDWR)
+			a.pwrite(fd, 0, "x") // so that the attributes are not cached
+			a.close(fd)
+		}
+		<-done
 	})
 }
 

@@ -20,6 +20,10 @@ func TestMain(m *testing.M) {
 		runActor(uid)
 		return
 	}
+	if dir, ok := os.LookupEnv(guestEnv); ok {
+		runGuest(dir)
+		return
+	}
 	unix.Umask(0)
 	fds, routines := descriptors(), runtime.NumGoroutine()
 	code := m.Run()
