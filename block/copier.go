@@ -67,7 +67,7 @@ func (f *File) chunkBlocks() int { return int(max(1, copyChunk>>f.shift)) }
 // completeBlocks completes the blocks of a list, adjacent ones together. It returns the first error, having tried all.
 // The caller holds shape, and not mu.
 func (f *File) completeBlocks(list []int64) error {
-	if f.plain.Load() {
+	if f.plain.Load() || f.closed.Load() {
 		return nil
 	}
 	slices.Sort(list)

@@ -323,7 +323,7 @@ func (f *File) blocks() int64 { return ceilDiv(f.limit, f.bs) }
 func (f *File) States() (lower, inTransit, upper int64) {
 	f.shape.RLock()
 	defer f.shape.RUnlock()
-	if f.plain.Load() {
+	if f.plain.Load() || f.closed.Load() {
 		return 0, 0, 0
 	}
 	blocks := f.blocks()

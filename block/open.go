@@ -112,8 +112,10 @@ func (f *File) Abandon() error {
 	if f.closed.Swap(true) {
 		return nil
 	}
+	f.mu.Lock()
 	f.e.inTransit.Add(-int64(len(f.transit)))
 	f.transit = nil
+	f.mu.Unlock()
 	f.e.mu.Lock()
 	delete(f.e.files, f)
 	f.e.mu.Unlock()

@@ -1,0 +1,371 @@
+package block
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+)
+
+// history is what a file's content may be after a power cut: the synced version and all later ones.
+type history struct {
+	versions [][]byte       // versions[0] is the synced one
+	owned    map[int64]bool // blocks that were written before the last sync: on disk they lie in the upper file
+	touched  map[int64]bool // blocks written since
+	limit    int64          // lower limit as of the last sync
+	bs       int64
+}
+
+func (h *history) now() []byte { return h.versions[len(h.versions)-1] }
+
+func (h *history) add(v []byte, off, end int64) {
+	h.versions = append(h.versions, v)
+	for b := off / h.bs; b*h.bs < end; b++ {
+		h.touched[b] = true
+	}
+}
+
+func (h *history) sync() {
+	for _, v := range h.versions {
+		h.limit = min(h.limit, int64(len(v)))
+	}
+	h.versions = h.versions[len(h.versions)-1:]
+	for b := range h.touched {
+		h.owned[b] = true
+	}
+	clear(h.touched)
+}
+
+// commit: what was touched is in the upper file for good, though its bytes may not have been synced.
+func (h *history) commit() {
+	for b := range h.touched {
+		h.owned[b] = true
+	}
+}
+
+// piece is bytes [lo, hi) of a version; behind its end there are zeros.
+func piece(v []byte, lo, hi int64) []byte {
+	p := make([]byte, hi-lo)
+	if lo < int64(len(v)) {
+		copy(p, v[lo:])
+	}
+	return p
+}
+
+// explain returns an error unless got is what the durability rules allow.
+func (h *history) explain(got []byte) error {
+	least, most := int64(len(h.versions[0])), 0
+	for _, v := range h.versions {
+		least, most = min(least, int64(len(v))), max(most, len(v))
+	}
+	if int64(len(got)) < least || len(got) > most {
+		return fmt.Errorf("size %d, allowed %d to %d", len(got), least, most)
+	}
+	limit := min(h.limit, least)
+	for b := int64(0); b*h.bs < int64(len(got)); b++ {
+		off, end := b*h.bs, min((b+1)*h.bs, int64(len(got)))
+		if !h.owned[b] && off < limit {
+			below := min(limit, end)
+			if !h.explainLower(got, off, below) {
+				return fmt.Errorf("block %d is neither the lower block nor a later version of it:%s", b, h.describe(got, off, below))
+			}
+			off = below
+		} else if off < limit && limit < end {
+			// Bytes behind the limit lie in the upper file whether the block below it does or not.
+			if !h.matches(got, off, limit, 0, len(h.versions)) {
+				return fmt.Errorf("block %d holds a sector of no version:%s", b, h.describe(got, off, limit))
+			}
+			off = limit
+		}
+		// Any other byte behaves as on an ordinary filesystem: every sector is the synced one or newer.
+		if !h.matches(got, off, end, 0, len(h.versions)) {
+			return fmt.Errorf("block %d holds a sector of no version:%s", b, h.describe(got, off, end))
+		}
+	}
+	return nil
+}
+
+// explainLower: bytes that the lower file still showed at the last sync are the lower file's all together, or all as
+// new as the sync that made the block's entry durable.
+func (h *history) explainLower(got []byte, off, end int64) bool {
+	if h.matches(got, off, end, 0, 1) {
+		return true
+	}
+	for j := 1; j < len(h.versions); j++ {
+		if h.matches(got, off, end, j, len(h.versions)) {
+			return true
+		}
+	}
+	return false
+}
+
+// matches says whether every sector of got in [off, end) is that of one of the versions [from, to), or, behind the
+// synced size, zeros: the length reached the disk and the data did not.
+func (h *history) matches(got []byte, off, end int64, from, to int) bool {
+	synced := int64(len(h.versions[0]))
+	for lo := off; lo < end; {
+		hi := min(end, lo&^(sectorSize-1)+sectorSize)
+		// What lies behind a limit was written apart from what lies below it, and every length may have become one.
+		for _, v := range h.versions {
+			if cut := int64(len(v)); lo < cut {
+				hi = min(hi, cut)
+			}
+		}
+		if lo < h.limit {
+			hi = min(hi, h.limit)
+		}
+		s := got[lo:hi]
+		found := lo >= synced && allZero(s)
+		for v := from; v < to && !found; v++ {
+			found = bytes.Equal(s, piece(h.versions[v], lo, hi))
+		}
+		if !found {
+			return false
+		}
+		lo = hi
+	}
+	return true
+}
+
+func (h *history) describe(got []byte, off, end int64) (text string) {
+	for lo := off; lo < end; {
+		hi := min(end, lo&^(sectorSize-1)+sectorSize)
+		text += fmt.Sprintf(" [%d:", lo)
+		for v := range h.versions {
+			if bytes.Equal(got[lo:hi], piece(h.versions[v], lo, hi)) {
+				text += fmt.Sprint(" v", v)
+			}
+		}
+		if allZero(got[lo:hi]) {
+			text += " zero"
+		}
+		text += "]"
+		lo = hi
+	}
+	return text
+}
+
+// crasher runs random operations on a crashStore and, at random points between any two changes of the upper file,
+// looks at what power cuts would leave.
+type crasher struct {
+	t     *testing.T
+	rand  *rand.Rand
+	cuts  *rand.Rand
+	store *crashStore
+	low   *memLower
+	e     *Engine
+	f     *File
+	h     *history
+	opts  Options
+	what  string
+	looks int
+}
+
+func TestCrash(t *testing.T) {
+	for name, o := range map[string]Options{
+		"sparse":     {Format: Sparse, CaW: CaWLazy},
+		"sparse 16k": {Format: Sparse, CaW: CaWLazy, BlockSize: 16384},
+		"bcow":       {Format: BCoW, CaW: CaWLazy},
+		"single":     {Format: BCoWSingle, CaW: CaWLazy},
+		"sync":       {Format: Sparse, CaW: CaWSync},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := seed(t)
+			for round := range uint64(6) {
+				newCrasher(t, o, s+round).run(*opsFlag / 8)
+				if t.Failed() {
+					return
+				}
+			}
+		})
+	}
+}
+
+func newCrasher(t *testing.T, o Options, s uint64) *crasher {
+	c := &crasher{t: t, rand: rand.New(rand.NewPCG(s, 1)), cuts: rand.New(rand.NewPCG(s, 2)), opts: o}
+	c.low = &memLower{data: noise(c.rand, 30000+c.rand.IntN(60000)), mtime: 1e18}
+	clear(c.low.data[8192:20480]) // a hole
+	c.e = newEngine(t, o)
+	c.store = newCrashStore(nil)
+	if err := c.e.Create(c.store, c.low.ident()); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.store.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	c.h = &history{versions: [][]byte{c.low.data}, owned: map[int64]bool{}, touched: map[int64]bool{},
+		limit: int64(len(c.low.data)), bs: int64(max(o.BlockSize, defaultBlockSize))}
+	c.open()
+	c.store.after = c.look
+	return c
+}
+
+func (c *crasher) open() {
+	f, err := c.e.Open(c.store, c.low.open)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.f = f
+}
+
+func (c *crasher) run(ops int) {
+	for range ops {
+		if c.step(); c.t.Failed() {
+			break
+		}
+	}
+	c.store.after = nil
+	if err := c.f.Close(); err != nil {
+		c.t.Error(err)
+	}
+	if c.looks == 0 {
+		c.t.Error("no power cut was looked at")
+	}
+}
+
+func (c *crasher) step() {
+	const longest = 1300 << 10 // now and then far enough to push the table away
+	size := len(c.h.now())
+	off := c.rand.IntN(size + 1)
+	n := 1 + c.rand.IntN([]int{300, 5000, 40000}[c.rand.IntN(3)])
+	v := bytes.Clone(c.h.now())
+	grow := func(n int) {
+		if n > len(v) {
+			v = append(v, make([]byte, n-len(v))...)
+		}
+	}
+	var err error
+	switch k := c.rand.IntN(16); k {
+	case 0, 1, 2, 3, 4, 5:
+		if k == 0 && c.rand.IntN(4) == 0 {
+			off = min(size+c.rand.IntN(300<<10), longest)
+		}
+		c.what = fmt.Sprintf("write of %d at %d", n, off)
+		p := noise(c.rand, n)
+		grow(off + n)
+		copy(v[off:], p)
+		c.h.add(v, int64(off), int64(off+n))
+		_, err = c.f.WriteAt(p, int64(off))
+	case 6:
+		to := c.rand.IntN(size + 1)
+		if c.rand.IntN(2) == 0 {
+			to = min(size+c.rand.IntN(40000), longest)
+		}
+		c.what = fmt.Sprintf("truncate from %d to %d", size, to)
+		grow(to)
+		c.h.add(v[:to:to], int64(min(size, to)), int64(max(size, to)))
+		err = c.f.Truncate(int64(to))
+	case 7:
+		if off == size {
+			return
+		}
+		n = min(n, size-off)
+		c.what = fmt.Sprintf("punch of %d at %d", n, off)
+		clear(v[off : off+n])
+		c.h.add(v, int64(off), int64(off+n))
+		err = c.f.Fallocate(punch, int64(off), int64(n))
+	case 8, 9, 10:
+		c.what = "sync"
+		if err = c.f.Sync(); err == nil {
+			c.h.sync()
+		}
+	case 11:
+		c.what = "commit"
+		if err = c.f.commit(); err == nil {
+			c.h.commit()
+		}
+	case 12:
+		c.what = "close and open"
+		if err = c.f.Close(); err == nil {
+			c.h.commit()
+			c.open()
+		}
+	case 13:
+		c.what = "copy"
+		c.f.copyQueued()
+	case 14:
+		if c.rand.IntN(6) == 0 {
+			c.what = "complete"
+			if err = c.f.Complete(); err == nil {
+				c.h.add(c.h.now(), 0, int64(size)) // every block is in the upper file now
+				c.h.commit()
+			}
+		}
+	case 15:
+		c.what = fmt.Sprintf("read of %d at %d", n, off)
+		got := make([]byte, n)
+		m, _ := c.f.ReadAt(got, int64(off))
+		if i := firstDifference(got[:m], c.h.now()[off:min(off+n, size)]); i >= 0 {
+			c.t.Errorf("%s: differs at %d", c.what, off+i)
+		}
+	}
+	if err != nil {
+		c.t.Errorf("%s: %v", c.what, err)
+	}
+}
+
+// look cuts the power at this point, a few times.
+func (c *crasher) look() {
+	if c.t.Failed() || c.cuts.IntN(3) != 0 {
+		return
+	}
+	c.looks++
+	for range 3 {
+		c.lookAt(c.store.crash(c.cuts))
+	}
+}
+
+// lookAt judges what one power cut left: Check is clean, the content is explainable, what grows is zeros, and the file
+// works and survives the next sync.
+func (c *crasher) lookAt(m *image) {
+	h, _ := ParseHeader(m.header)
+	fail := func(format string, args ...any) {
+		c.t.Helper()
+		c.t.Errorf("power cut during %s: %s\nheader %+v present=%v st_size %d", c.what, fmt.Sprintf(format, args...), h, m.header != nil, m.size)
+	}
+	found, err := Check(newCrashStore(m), c.low.open, false)
+	if err != nil || len(found) != 0 {
+		fail("check: %v %v", found, err)
+		return
+	}
+	s := newCrashStore(m)
+	e := Engine{opts: c.e.opts, files: map[*File]struct{}{}}
+	f, err := e.Open(s, c.low.open)
+	if err != nil {
+		fail("open: %v", err)
+		return
+	}
+	got := make([]byte, f.Size())
+	if n, err := f.ReadAt(got, 0); n != len(got) {
+		fail("read: %d of %d, %v", n, len(got), err)
+		return
+	}
+	if err := c.h.explain(got); err != nil {
+		fail("%v", err)
+		return
+	}
+	want := append(got, make([]byte, 50000)...)
+	if err := f.Truncate(int64(len(want))); err != nil {
+		fail("growing: %v", err)
+	}
+	p := []byte("after the power came back")
+	copy(want[len(want)/2:], p)
+	if _, err := f.WriteAt(p, int64(len(want)/2)); err != nil {
+		fail("writing: %v", err)
+	}
+	if err := f.Sync(); err != nil {
+		fail("sync: %v", err)
+	}
+	f2, err := e.Open(newCrashStore(s.synced), c.low.open)
+	if err != nil {
+		fail("second open: %v", err)
+		return
+	}
+	again := make([]byte, f2.Size())
+	if _, err := f2.ReadAt(again, 0); err != nil && len(again) > 0 && len(again) != len(want) {
+		fail("second read: %v", err)
+	}
+	if i := firstDifference(again, want); i >= 0 {
+		fail("after the second sync byte %d (block %d) differs; size %d, want %d", i, i/pageSize, len(again), len(want))
+	}
+}
