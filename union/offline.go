@@ -225,7 +225,28 @@ func Flatten(cfg Config, progress func(path string)) error {
 	if err = firstError(err, first); err != nil {
 		return err
 	}
+	if err := fs.dropIndex(); err != nil {
+		return err
+	}
 	return unix.Syncfs(fs.upper.RootFD())
+}
+
+// dropIndex removes the index: every name has its own link now, and the index's would count as one more.
+func (fs *FS) dropIndex() error {
+	entries, err := fs.work.ReadDir(indexDir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		path := join(indexDir, e.Name)
+		if err := fs.work.Removexattr(path, fs.prefix+layer.XattrNlink); err != nil && !errors.Is(err, unix.ENODATA) {
+			return err
+		}
+		if err := fs.work.Unlink(path); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (fs *FS) flattenOne(paths []string, f *found) error {
