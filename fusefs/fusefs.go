@@ -63,7 +63,7 @@ type Options struct {
 	FSName string
 	// AllowOther lets other users than the mounting one in. A container's root filesystem needs it.
 	AllowOther bool
-	// ReadOnly makes the mount read-only even if the union has an upper layer.
+	// ReadOnly makes the mount read-only. A union without an upper layer always is.
 	ReadOnly bool
 	// MountFlags are MS_* flags of mount(2), such as MS_NOSUID, MS_NODEV, MS_NOATIME. An unprivileged mount always gets
 	// MS_NOSUID and MS_NODEV.
@@ -144,6 +144,7 @@ func Mount(fs *union.FS, mnt string, opt Options) (*Server, error) {
 	if !st.IsDir() {
 		return nil, fmt.Errorf("mount point %s: %w", mnt, unix.ENOTDIR)
 	}
+	opt.ReadOnly = opt.ReadOnly || fs.ReadOnly()
 	srv := newServer(fs, opt)
 	dev, err := mountDev(srv, abs, &srv.opt)
 	if err != nil {

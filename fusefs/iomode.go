@@ -39,7 +39,8 @@ import (
 // When an open for writing, or a truncation by name, meets such descriptors, the names move to a new node
 // (union.FS.Detach), the old node stays with its readers, and the answer is ESTALE: the VFS looks the name up again and
 // finds the new node, which has the same inode number. A backing id is never carried over to it. Somebody who reopens
-// the old node itself, through /proc/PID/fd, gets the ESTALE.
+// the old node itself, through /proc/PID/fd, gets the ESTALE. Until the writer has come, the new node is not passed
+// through: the VFS tries only once more.
 type modes struct {
 	refs int // guarded by the shard
 
@@ -145,6 +146,7 @@ func (s *server) openWriter(n *union.Node, m *modes, flags uint32, out *fuse.Ope
 	if err != nil {
 		return nil, err
 	}
+	s.awaited.Delete(n.Ino())
 	return s.admit(n, m, uh, flags, out), nil
 }
 
@@ -165,6 +167,10 @@ func (s *server) beforeWrite(n *union.Node, m *modes) error {
 	if m.passed == 0 || m.kind != union.BackingLower {
 		return nil
 	}
+	if s.fs.ReadOnly() {
+		return unix.EROFS
+	}
+	s.awaited.Store(n.Ino(), struct{}{})
 	if err := s.fs.Detach(n); err != nil {
 		return err
 	}
@@ -179,7 +185,7 @@ func (s *server) beforeWrite(n *union.Node, m *modes) error {
 func (s *server) admit(n *union.Node, m *modes, uh *union.Handle, flags uint32, out *fuse.OpenOut) *handle {
 	h := &handle{Handle: uh, id: n.ID(), modes: m}
 	if m.passed == 0 && m.cached == 0 {
-		s.tryPass(m, uh, flags)
+		s.tryPass(n, m, uh, flags)
 	}
 	if m.backing != 0 {
 		h.passed = true
@@ -204,12 +210,12 @@ func (s *server) admit(n *union.Node, m *modes, uh *union.Handle, flags uint32, 
 }
 
 // tryPass registers the backing file of an idle inode if its opens may pass through.
-func (s *server) tryPass(m *modes, uh *union.Handle, flags uint32) {
+func (s *server) tryPass(n *union.Node, m *modes, uh *union.Handle, flags uint32) {
 	if !s.pass.enabled() {
 		return
 	}
 	fd, kind := uh.Backing()
-	if !s.mayPass(uh, kind, flags) {
+	if !s.mayPass(n, uh, kind, flags) {
 		return
 	}
 	id, err := s.dev.registerBacking(fd)
@@ -220,7 +226,7 @@ func (s *server) tryPass(m *modes, uh *union.Handle, flags uint32) {
 	m.backing, m.kind = id, kind
 }
 
-func (s *server) mayPass(uh *union.Handle, kind union.BackingKind, flags uint32) bool {
+func (s *server) mayPass(n *union.Node, uh *union.Handle, kind union.BackingKind, flags uint32) bool {
 	switch kind {
 	case union.BackingUpper:
 		return true
@@ -228,17 +234,30 @@ func (s *server) mayPass(uh *union.Handle, kind union.BackingKind, flags uint32)
 		if writes(flags) {
 			return false // never: the kernel would open the lower file for writing
 		}
-		return s.opt.Passthrough == PassthroughOn || s.fs.ReadOnly() || isImage(uh)
+		if _, soon := s.awaited.Load(n.Ino()); soon {
+			return false // its writer is on the way, and would meet this reader again
+		}
+		return s.opt.Passthrough == PassthroughOn || s.fs.ReadOnly() || isImage(n, uh)
 	}
 	return false
 }
 
-// isImage says that the file is an ELF object: a program or a library, which gains most from sharing its pages with
-// all containers, and which nobody expects to change in use.
-func isImage(uh *union.Handle) bool {
+// isImage says that a lower file is an ELF object: a program or a library, which gains most from sharing its pages with
+// all containers, and which nobody expects to change in use. Lower files do not change, so the node remembers it. The
+// caller holds the lock of n's modes, which guards that too.
+func isImage(n *union.Node, uh *union.Handle) bool {
+	image, known := n.Aux().(bool)
+	if known {
+		return image
+	}
 	var magic [4]byte
-	n, err := uh.ReadAt(magic[:], 0)
-	return n == len(magic) && (err == nil || errors.Is(err, io.EOF)) && bytes.Equal(magic[:], []byte("\x7fELF"))
+	read, err := uh.ReadAt(magic[:], 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return false // the read that follows will meet the error, or not
+	}
+	image = read == len(magic) && bytes.Equal(magic[:], []byte("\x7fELF"))
+	n.SetAux(image)
+	return image
 }
 
 // release ends a descriptor. The backing id goes with the last one: the next open may find another file.

@@ -1,9 +1,12 @@
 package fusefs
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -316,5 +319,49 @@ func TestMappedWriteMovesTime(t *testing.T) {
 			a.close(fd)
 			eventually(t, "mtime moved", func() bool { return a.stat(file).Mtim.Sec > long.Sec })
 		})
+	}
+}
+
+// TestWriterMeetsReaders: programs keep opening images while somebody opens them for writing. The VFS tries again only
+// once after ESTALE, so the new node must not be passed through before the writer has come.
+func TestWriterMeetsReaders(t *testing.T) {
+	const files = 60
+	r := newRig(t, Options{}, func(lower string) {
+		for i := range files {
+			must(t, os.WriteFile(fmt.Sprintf("%s/lib%d.so", lower, i), []byte(image()), 0o644))
+		}
+	})
+	needPassthrough(t, r)
+	writer := startActor(t, 0)
+	var current atomic.Int64
+	var wg sync.WaitGroup
+	for range 3 {
+		reader := startActor(t, 0)
+		wg.Go(func() {
+			for current.Load() < files {
+				path := r.path(fmt.Sprintf("lib%d.so", current.Load()%files))
+				out := reader.do(request{Op: "open", Path: path})
+				if out.Errno != 0 {
+					t.Errorf("reader: %v", out.Errno)
+					return
+				}
+				reader.do(request{Op: "close", FD: int(out.N)})
+			}
+		})
+	}
+	for i := range files {
+		path := r.path(fmt.Sprintf("lib%d.so", i))
+		eventually(t, "a reader is there", func() bool { return r.srv.handles.open() > 0 })
+		if out := writer.do(request{Op: "open", Path: path, Flags: unix.O_RDWR}); out.Errno != 0 {
+			t.Errorf("writer: %v", out.Errno)
+		} else {
+			writer.pwrite(int(out.N), 0, "\x7fELFwritten")
+			writer.close(int(out.N))
+		}
+		current.Add(1)
+	}
+	wg.Wait()
+	if r.Status().Detached == 0 {
+		t.Error("no writer met a reader")
 	}
 }

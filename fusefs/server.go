@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"math"
+	"sync"
 	"sync/atomic"
 
 	"lamina/union"
@@ -29,6 +30,7 @@ type server struct {
 	modes   modeTable
 	pass    passthroughState
 	stats   counters
+	awaited sync.Map      // by st_ino: files that were detached and whose writer has yet to open the new node
 	errors  atomic.Uint64 // answers of EIO
 }
 
@@ -273,7 +275,11 @@ func (s *server) setAttr(n *union.Node, in *fuse.SetAttrIn, want union.SetAttr) 
 	if err := s.beforeWrite(n, m); err != nil {
 		return union.Attr{}, err
 	}
-	return s.fs.SetAttr(n, want)
+	st, err := s.fs.SetAttr(n, want)
+	if err == nil {
+		s.awaited.Delete(n.Ino())
+	}
+	return st, err
 }
 
 // setAttrOf translates a request. EINVAL: an owner has no number in the layers.

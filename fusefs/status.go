@@ -37,7 +37,7 @@ func (s *Server) Status() Status {
 	return Status{
 		Mountpoint:        s.mnt,
 		Transport:         s.dev.name(),
-		ReadOnly:          srv.opt.ReadOnly || srv.fs.ReadOnly(),
+		ReadOnly:          srv.opt.ReadOnly,
 		Passthrough:       mode,
 		PassthroughReason: reason,
 		OpenFiles:         srv.handles.open(),
