@@ -77,14 +77,16 @@ func (lg *logger) rotate() {
 	lg.size = 0 // stay with the file and try again later
 }
 
-// close ends the log. After a clean end a log without a line is of no use to anybody.
-func (lg *logger) close(clean bool) {
+// close ends the log. One without a line is of no use to anybody, unless another server of the same mount point may
+// still write into it.
+func (lg *logger) close(mnt string) {
 	lg.mu.Lock()
 	defer lg.mu.Unlock()
 	if lg.path == "" {
 		return
 	}
-	if st, err := lg.out.Stat(); clean && err == nil && st.Size() == 0 {
+	others, err := sockets(mnt)
+	if st, statErr := lg.out.Stat(); err == nil && len(others) == 0 && statErr == nil && st.Size() == 0 {
 		_ = os.Remove(lg.path)
 	}
 	lg.out.Close()

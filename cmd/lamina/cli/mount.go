@@ -71,7 +71,7 @@ NAME is the source shown in /proc/mounts.`,
 // mountHelper serves "mount.fuse.lamina NAME MOUNTPOINT [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]", as mount(8)
 // calls it. There -f means to fake.
 func mountHelper(args []string) error {
-	var f mountFlags
+	f := mountFlags{readyFD: -1}
 	fs := pflag.NewFlagSet("mount.fuse.lamina", pflag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	fs.StringArrayVarP(&f.options, "options", "o", nil, "")
@@ -208,7 +208,7 @@ func serveInBackground(o *mountopt.Options, mnt string, readyFD int) error {
 			told = true
 			say(readyOK)
 		})
-		lg.close(err == nil)
+		lg.close(mnt)
 		if told {
 			if err != nil {
 				return &exitError{code: exitFailure} // the log has it
