@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 )
 
@@ -107,6 +108,7 @@ func TestDetachHardLinks(t *testing.T) {
 	fd := reader.open(r.path("a"), unix.O_RDONLY)
 	w := writer.open(r.path("a"), unix.O_RDWR)
 	writer.pwrite(w, fileLen, "more")
+	eventually(t, "the other name shows the new size", func() bool { return writer.stat(r.path("b")).Size == fileLen+4 })
 	other := writer.open(r.path("b"), unix.O_RDONLY)
 	same(t, "the other name", writer.pread(other, fileLen, 8), "more")
 	a, b := writer.stat(r.path("a")), writer.stat(r.path("b"))
@@ -168,6 +170,21 @@ func TestReadOnlyMountPassesAll(t *testing.T) {
 	}
 	if out := a.do(request{Op: "open", Path: r.path("data"), Flags: unix.O_WRONLY}); out.Errno != unix.EROFS {
 		t.Errorf("open for writing: %v, want EROFS", out.Errno)
+	}
+}
+
+// TestUnmountReleases: when the mount goes the kernel drops the RELEASE messages that it has not sent yet.
+func TestUnmountReleases(t *testing.T) {
+	r := newRig(t, Options{}, func(lower string) { must(t, os.WriteFile(lower+"/lib.so", []byte(image()), 0o644)) })
+	n, err := r.fs.Lookup(r.fs.Root(), "lib.so")
+	must(t, err)
+	for range 3 {
+		var out fuse.OpenOut
+		must(t, r.srv.open(n, unix.O_RDONLY, false, &out)) // an OPEN whose RELEASE does not come
+	}
+	must(t, r.Unmount())
+	if n := r.srv.handles.open(); n != 0 {
+		t.Errorf("%d handles were not released", n)
 	}
 }
 
@@ -310,10 +327,10 @@ func TestMappedWriteMovesTime(t *testing.T) {
 			long := unix.NsecToTimespec(1e18)
 			must(t, unix.UtimesNanoAt(unix.AT_FDCWD, file, []unix.Timespec{long, long}, 0))
 			fd := a.open(file, unix.O_RDWR)
+			m := a.mmap(fd, 4096, unix.PROT_READ|unix.PROT_WRITE)
 			if st := a.stat(file); st.Mtim != long {
 				t.Fatalf("mtime %v before the store", st.Mtim)
 			}
-			m := a.mmap(fd, 4096, unix.PROT_READ|unix.PROT_WRITE)
 			a.store(m, 0, "x")
 			a.munmap(m)
 			a.close(fd)
