@@ -35,7 +35,8 @@ type checker struct {
 	f      *File
 	repair bool
 	found  []Finding
-	fixed  bool // something was repaired in memory and has to be written
+	fixed  bool    // something was repaired in memory and has to be written
+	rotten []int64 // pages whose older slot has to be emptied then
 }
 
 func (c *checker) find(block int64, format string, args ...any) {
@@ -83,7 +84,10 @@ func (c *checker) pages() error {
 		}
 		if p.damaged {
 			c.find(i*per, "table page %d of blocks %d to %d is damaged", i, i*per, (i+1)*per-1)
-			p.damaged, p.dirty = !c.repair, c.repair
+			if c.repair {
+				p.damaged, p.dirty = false, true
+				c.rotten = append(c.rotten, i)
+			}
 		} else if p.gen == 0 {
 			delete(f.tab.pages, i) // nothing there: a long table of nothing must not fill the memory
 		}
@@ -171,6 +175,18 @@ func (c *checker) write() error {
 		}
 		_, err := f.tab.flush(f.s)
 		return err
+	})
+	if err := errors.Join(err, f.s.Sync()); err != nil || len(c.rotten) == 0 {
+		return err
+	}
+	err = f.quietly(func() error {
+		for _, i := range c.rotten {
+			other := f.tab.pos + i*slotsSize + (1-f.tab.pages[i].slot)*pageSize
+			if _, err := f.s.WriteAt(make([]byte, pageSize), other); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	return errors.Join(err, f.s.Sync())
 }

@@ -167,13 +167,6 @@ func (f *File) writeTable(size int64, dirty bool) error {
 	if err != nil {
 		return err
 	}
-	if f.dropped {
-		// Entries were withdrawn behind a size that is now exceeded again: they have to be gone before the header grows.
-		if err := f.syncStore(); err != nil {
-			return err
-		}
-		f.dropped = false
-	}
 	h := f.hdr
 	h.Limit = f.limit
 	if h.Size != naturalSize {

@@ -34,6 +34,14 @@ func (f *File) leaveLower() error {
 	}
 	f.limit = 0
 	f.closeLower()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for b := range f.transit { // written to since bringUp saw a hole of the lower file: the rest is zeros, and so it is here
+		f.dropTransit(b)
+		r := f.mutable(b / regionBlocks)
+		r.set(b%regionBlocks, stateUpper)
+		r.dirty.Store(true)
+	}
 	return nil
 }
 
@@ -126,19 +134,19 @@ func (f *File) fillData(off, end int64) error {
 	})
 }
 
-// fillHole makes those blocks of [off, end) that are Lower zeros without space.
+// fillHole makes those blocks of [off, end) that are Lower zeros without space. A bcow file needs nothing for that: once
+// the lower limit is 0, a block that it does not hold is zeros.
 func (f *File) fillHole(off, end int64) error {
+	if f.format != Sparse {
+		return nil
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.quietly(func() error {
 		return f.lowerRuns(off, end, func(lo, hi int64) error {
-			if f.format == Sparse {
-				// A write that a crash left without its table entry may have put bytes here.
-				if err := f.discard(lo, hi); err != nil {
-					return err
-				}
-			} else {
-				f.placeZero(lo>>f.shift, ceilDiv(hi, f.bs))
+			// A write that a crash left without its table entry may have put bytes here.
+			if err := f.discard(lo, hi); err != nil {
+				return err
 			}
 			f.mark(lo, hi)
 			return nil

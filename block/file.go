@@ -38,7 +38,6 @@ type File struct {
 	hdr      Header // what is on disk; under commitMu. hdr.Kernel: nothing of ours is on disk yet
 	syncErr  error  // a failed fsync: nothing says any more what the disk holds; under commitMu
 	fullTo   int64  // regions below this one are all Upper; under commitMu
-	dropped  bool   // table entries were withdrawn, and must be durably so before the size grows; under commitMu
 
 	shape     sync.RWMutex
 	format    Format // constant

@@ -226,7 +226,8 @@ func (f *File) cleanTail() error {
 }
 
 // dropBehind withdraws the table entries of all blocks behind size, frees their space, and zeroes the rest of the last
-// block. The caller holds commitMu and shape.
+// block. An entry that survives a crash on disk then leads to a hole: zeros, which is what it should read as. The caller
+// holds commitMu and shape.
 func (f *File) dropBehind(size int64) error {
 	first := ceilDiv(size, f.bs)
 	for n := first / regionBlocks; n*regionBlocks < f.bound>>f.shift; n++ {
@@ -278,6 +279,5 @@ func (f *File) drop(b int64, r *region) error {
 	r.phys[i].Store(physNone)
 	r.set(i, stateLower)
 	r.dirty.Store(true)
-	f.dropped = true
 	return nil
 }

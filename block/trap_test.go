@@ -1,0 +1,432 @@
+package block
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func testContent(n int) []byte { return noise(rand.New(rand.NewPCG(1, uint64(n))), n) }
+
+// TestTrapOverwrittenBlockIsMarked: a whole block overwritten is read from the upper file from then on.
+func TestTrapOverwrittenBlockIsMarked(t *testing.T) {
+	everyFormat(t, func(t *testing.T, o Options) {
+		want := testContent(64 << 10)
+		r := newRig(t, o, want)
+		p := bytes.Repeat([]byte{'x'}, 4096)
+		r.write(p, 8192)
+		copy(want[8192:], p)
+		r.expect(want)
+		if _, _, upper := r.f.States(); upper != 1 {
+			t.Errorf("%d blocks are Upper, want 1", upper)
+		}
+	})
+}
+
+// TestTrapMapSurvivesReopen: the block map is written, so that another mount finds the blocks.
+func TestTrapMapSurvivesReopen(t *testing.T) {
+	everyFormat(t, func(t *testing.T, o Options) {
+		want := testContent(1 << 20)
+		r := newRig(t, o, want)
+		for off := int64(5); off < 1<<20; off += 100_000 {
+			r.write([]byte("written"), off)
+			copy(want[off:], "written")
+		}
+		r.reopen()
+		r.expect(want)
+	})
+}
+
+// gate is a Lower whose reads wait, so that a test can write between the copier's read and its write.
+type gate struct {
+	Lower
+	once    sync.Once
+	reading chan struct{}
+	proceed chan struct{}
+}
+
+func (g *gate) ReadAt(p []byte, off int64) (int, error) {
+	g.once.Do(func() {
+		close(g.reading)
+		<-g.proceed
+	})
+	return g.Lower.ReadAt(p, off)
+}
+
+// TestTrapSecondPartialWrite: while the copier has read the rest of a block and not yet written it, a second partial
+// write comes. It wins over the copy.
+func TestTrapSecondPartialWrite(t *testing.T) {
+	for name, format := range map[string]Format{"sparse": Sparse, "bcow": BCoW} {
+		t.Run(name, func(t *testing.T) {
+			want := testContent(16 << 10)
+			r := &rig{t: t, path: t.TempDir() + "/upper"}
+			low := &memLower{data: bytes.Clone(want), mtime: 5}
+			g := &gate{Lower: low, reading: make(chan struct{}), proceed: make(chan struct{})}
+			r.lower = func() (Lower, error) { return g, nil }
+			e := newEngine(t, Options{Format: format, CaW: CaWLazy})
+			s := openUpper(t, r.path)
+			if err := e.Create(s, Ident{Size: int64(len(want)), MtimeNS: 5}); err != nil {
+				t.Fatal(err)
+			}
+			f, err := e.Open(s, r.lower)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			r.f = f
+			r.write([]byte("first"), 4100)
+			done := make(chan error, 1)
+			go func() { done <- f.completeAll() }()
+			<-g.reading
+			r.write([]byte("second"), 5000)
+			r.write([]byte("third, across the block's end"), 8180)
+			close(g.proceed)
+			if err := <-done; err != nil {
+				t.Fatal(err)
+			}
+			copy(want[4100:], "first")
+			copy(want[5000:], "second")
+			copy(want[8180:], "third, across the block's end")
+			r.expect(want)
+		})
+	}
+}
+
+// TestTrapLowerChanged: a lower file that changed under its sketch is an error, never a mixture.
+func TestTrapLowerChanged(t *testing.T) {
+	for name, change := range map[string]func(path string) error{
+		"content and time": func(p string) error { return os.WriteFile(p, testContent(64<<10), 0o644) },
+		"longer":           func(p string) error { return os.Truncate(p, 70<<10) },
+		"another file": func(p string) error {
+			st, err := os.Stat(p)
+			if err != nil {
+				return err
+			}
+			if err := errors.Join(os.Rename(p, p+".old"), os.WriteFile(p, testContent(64<<10), 0o644)); err != nil {
+				return err
+			}
+			return os.Chtimes(p, st.ModTime(), st.ModTime())
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, Options{}, testContent(64<<10))
+			r.write(bytes.Repeat([]byte{'x'}, 4096), 0)
+			if err := r.f.Close(); err != nil {
+				t.Fatal(err)
+			}
+			r.f = nil
+			old, err := os.Stat(r.low)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Chtimes(r.low, old.ModTime(), old.ModTime().Add(-time.Hour)); err != nil {
+				t.Fatal(err)
+			}
+			if name == "another file" {
+				if err := os.Chtimes(r.low, old.ModTime(), old.ModTime()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := change(r.low); err != nil {
+				t.Fatal(err)
+			}
+			r.reopen()
+			b := make([]byte, 4096)
+			if _, err := r.f.ReadAt(b, 8192); !errors.Is(err, ErrLowerChanged) || !errors.Is(err, unix.EIO) {
+				t.Errorf("reading a lower block: %v", err)
+			}
+			if _, err := r.f.ReadAt(b, 0); err != nil || b[0] != 'x' {
+				t.Errorf("reading a block that the sketch holds: %v", err)
+			}
+			found, err := Check(openUpper(t, r.path), r.lower, false)
+			if err != nil || len(found) != 1 {
+				t.Errorf("check found %v, %v; want one finding", found, err)
+			}
+			if err := r.f.Truncate(0); err != nil { // now there is no lower block left, and Check is content
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestTrapTimes: neither the copier nor the table nor completion changes the modification time, and none of them puts
+// an older one over a newer.
+func TestTrapTimes(t *testing.T) {
+	everyFormat(t, func(t *testing.T, o Options) {
+		r := newRig(t, o, testContent(256<<10))
+		r.write([]byte("partial"), 10)
+		r.write([]byte("partial"), 9000)
+		when := unix.NsecToTimespec(1_000_000_000_123_456_789)
+		if err := r.f.SetTimes(when, when); err != nil {
+			t.Fatal(err)
+		}
+		same := func(what string) {
+			t.Helper()
+			if st, err := r.f.Stat(); err != nil || st.Mtim != when {
+				t.Errorf("after %s the mtime is %v (%v), want %v", what, st.Mtim, err, when)
+			}
+		}
+		if err := r.f.completeAll(); err != nil {
+			t.Fatal(err)
+		}
+		same("the copy")
+		if err := r.f.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		same("the table")
+		r.reopen()
+		if err := r.f.Complete(); err != nil {
+			t.Fatal(err)
+		}
+		same("completion")
+		r.write([]byte("x"), 0)
+		if st, err := r.f.Stat(); err != nil || st.Mtim.Nano() <= when.Nano() {
+			t.Errorf("a write left the mtime at %v, %v", st.Mtim, err)
+		}
+	})
+}
+
+// TestTimesUnderLoad: with the copier busy all the time, the mtime that stat shows never goes back.
+func TestTimesUnderLoad(t *testing.T) {
+	r := newRig(t, Options{CaW: CaWLazy}, testContent(4<<20))
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				if err := r.f.completeAll(); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		}
+	})
+	last := int64(0)
+	for i := range int64(1000) {
+		r.write([]byte("partial"), i*4096+17)
+		st, err := r.f.s.Stat()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if now := st.Mtim.Nano(); now < last {
+			t.Fatalf("write %d: mtime went back by %d ns", i, last-now)
+		}
+		last = st.Mtim.Nano()
+	}
+	close(stop)
+	wg.Wait()
+}
+
+// TestWriteErrors: a write, a copy, a table or a header that the upper file refuses costs nothing that was acknowledged.
+func TestWriteErrors(t *testing.T) {
+	for name, format := range map[string]Format{"sparse": Sparse, "bcow": BCoW, "single": BCoWSingle} {
+		ops := []string{"write", "header", "fallocate"}
+		if format == Sparse {
+			ops = append(ops, "truncate") // bcow never changes the upper file's length
+		}
+		for _, op := range ops {
+			t.Run(name+"/"+op, func(t *testing.T) { testWriteErrors(t, format, op) })
+		}
+	}
+}
+
+func testWriteErrors(t *testing.T, format Format, op string) {
+	s := seed(t)
+	rnd := rand.New(rand.NewPCG(s, 1))
+	low := &memLower{data: noise(rnd, 200_000), mtime: 5}
+	e := newEngine(t, Options{Format: format, CaW: CaWLazy, Logf: func(string, ...any) {}})
+	store := newCrashStore(nil)
+	if err := e.Create(store, low.ident()); err != nil {
+		t.Fatal(err)
+	}
+	f, err := e.Open(store, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := bytes.Clone(low.data)
+	refused := 0
+	fail := func(name string, n int) (int, error) {
+		if name != op || rnd.IntN(3) != 0 {
+			return n, nil
+		}
+		refused++
+		return n * rnd.IntN(2) / 2, unix.ENOSPC
+	}
+	for range *opsFlag {
+		store.mu.Lock()
+		store.fail = fail
+		store.mu.Unlock()
+		off := rnd.IntN(len(want))
+		p := noise(rnd, 1+rnd.IntN(min(9000, len(want)-off)))
+		switch rnd.IntN(5) {
+		case 0, 1:
+			n, err := f.WriteAt(p, int64(off))
+			copy(want[off:off+n], p)
+			if n < len(p) && !errors.Is(err, unix.ENOSPC) {
+				t.Fatalf("wrote %d of %d: %v", n, len(p), err)
+			}
+			// What a failing write touched behind n may be old or new, as on any filesystem; here it is old.
+		case 2:
+			if err := f.Sync(); err != nil && !errors.Is(err, unix.ENOSPC) {
+				t.Fatal(err)
+			}
+		case 3:
+			got := make([]byte, len(p))
+			if _, err := f.ReadAt(got, int64(off)); err == nil && !bytes.Equal(got, want[off:off+len(p)]) {
+				t.Fatalf("read of %d at %d: wrong bytes", len(p), off)
+			} else if err != nil && !errors.Is(err, unix.ENOSPC) {
+				t.Fatal(err)
+			}
+		case 4:
+			n := len(want) - rnd.IntN(max(1, min(len(want)/2, 3000)))
+			if err := f.Truncate(int64(n)); err == nil {
+				want = want[:n]
+			} else if f.Size() != int64(len(want)) {
+				want = want[:f.Size()] // refused half-way: the size is lower already, the bytes behind it are not yet freed
+			}
+		}
+	}
+	if refused == 0 {
+		t.Error("nothing was refused")
+	}
+	store.fail = nil
+	expectContent(t, f, want)
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, newCrashStore(store.live), low.open)
+	f, err = e.Open(store, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expectContent(t, f, want)
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestCopyError: a lower file that cannot be read keeps the block InTransit; its reader gets the error, everything else
+// works, and a later attempt succeeds.
+func TestCopyError(t *testing.T) {
+	low := &memLower{data: testContent(64 << 10), mtime: 5}
+	broken := errors.New("broken")
+	low.fail = func(off int64) error {
+		if off < 8192 {
+			return fmt.Errorf("%w: %w", broken, unix.EIO)
+		}
+		return nil
+	}
+	e := newEngine(t, Options{CaW: CaWLazy, Logf: func(string, ...any) {}})
+	store := newCrashStore(nil)
+	if err := e.Create(store, low.ident()); err != nil {
+		t.Fatal(err)
+	}
+	f, err := e.Open(store, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := bytes.Clone(low.data)
+	for _, off := range []int64{4100, 20000} {
+		if _, err := f.WriteAt([]byte("new"), off); err != nil {
+			t.Fatal(err)
+		}
+		copy(want[off:], "new")
+	}
+	b := make([]byte, 100)
+	if _, err := f.ReadAt(b, 4096); !errors.Is(err, broken) {
+		t.Errorf("reading the block: %v", err)
+	}
+	if err := f.Sync(); !errors.Is(err, broken) {
+		t.Errorf("sync: %v", err)
+	}
+	if _, transit, upper := f.States(); transit != 1 || upper != 1 {
+		t.Errorf("%d in transit, %d upper; want 1 and 1", transit, upper)
+	}
+	if err := f.Close(); !errors.Is(err, broken) {
+		t.Errorf("close: %v", err)
+	}
+	low.fail = nil
+	expectContent(t, f, want)
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestSyncErrorIsNotForgotten: after a failed fsync the table does not advance, and no later Sync claims success.
+func TestSyncErrorIsNotForgotten(t *testing.T) {
+	low := &memLower{data: testContent(64 << 10), mtime: 5}
+	e := newEngine(t, Options{CaW: CaWLazy, Logf: func(string, ...any) {}})
+	store := newCrashStore(nil)
+	if err := e.Create(store, low.ident()); err != nil {
+		t.Fatal(err)
+	}
+	f, err := e.Open(store, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(make([]byte, 4096), 0); err != nil {
+		t.Fatal(err)
+	}
+	store.fail = func(op string, n int) (int, error) {
+		if op == "sync" {
+			return 0, unix.EIO
+		}
+		return n, nil
+	}
+	if err := f.Sync(); !errors.Is(err, unix.EIO) {
+		t.Errorf("first sync: %v", err)
+	}
+	store.fail = nil
+	if err := f.Sync(); !errors.Is(err, unix.EIO) {
+		t.Errorf("second sync: %v", err)
+	}
+	if err := f.Abandon(); err != nil {
+		t.Error(err)
+	}
+	f, err = e.Open(store, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expectContent(t, f, low.data)
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestNoCopyWhenWritesFill: partial writes that together cover a block make it Upper, and nothing is copied.
+func TestNoCopyWhenWritesFill(t *testing.T) {
+	reads := 0
+	low := &memLower{data: testContent(64 << 10), mtime: 5, reads: &reads}
+	e := newEngine(t, Options{CaW: CaWLazy})
+	store := newCrashStore(nil)
+	if err := e.Create(store, low.ident()); err != nil {
+		t.Fatal(err)
+	}
+	f, err := e.Open(store, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	want := testContent(40 << 10)
+	for off := 0; off < len(want); off += 410 {
+		if _, err := f.WriteAt(want[off:min(off+410, len(want))], int64(off)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, transit, upper := f.States(); transit != 0 || upper != 10 {
+		t.Errorf("%d in transit, %d upper; want 0 and 10", transit, upper)
+	}
+	if reads != 0 {
+		t.Errorf("the lower file was read %d times", reads)
+	}
+}
