@@ -192,7 +192,7 @@ func (m *T) Fsck() {
 // FsckOutput runs fsck and returns what it printed and its exit status.
 func FsckOutput(t testing.TB, c rival.Config, flags ...string) (string, int) {
 	t.Helper()
-	args := []string{"fsck", "-o", "lowerdir=" + lowerdirs(c)}
+	args := []string{"fsck", "-o", layerOptions(c)}
 	args = append(args, flags...)
 	return Lamina(t, append(args, c.Upper)...)
 }
@@ -200,17 +200,16 @@ func FsckOutput(t testing.TB, c rival.Config, flags ...string) (string, int) {
 // Flatten completes every sketch of the unmounted upper layer.
 func (m *T) Flatten() {
 	m.t.Helper()
-	if out, code := Lamina(m.t, "flatten", "-o", "lowerdir="+lowerdirs(m.Config), m.Upper); code != 0 {
+	if out, code := Lamina(m.t, "flatten", "-o", layerOptions(m.Config), m.Upper); code != 0 {
 		m.t.Fatalf("flatten: exit status %d\n%s", code, out)
 	}
 }
 
-func lowerdirs(c rival.Config) string {
-	l := make([]string, len(c.Lowers))
-	for i, p := range c.Lowers {
-		l[i] = rival.Escape(p)
-	}
-	return strings.Join(l, ":")
+// layerOptions name the layers of an unmounted union.
+func layerOptions(c rival.Config) string {
+	c.Options = nil
+	opts := strings.Split(c.OptionString(), ",upperdir=")
+	return opts[0] + ",workdir=" + rival.Escape(c.Work)
 }
 
 // Lamina runs the binary under test and returns what it printed on both streams, and its exit status.

@@ -142,6 +142,14 @@ func (r *run) afterwards(n int) error {
 	return nil
 }
 
+func (r *run) playAndAfterwards(ops []op) error {
+	r.t.Helper()
+	if err := r.play(ops); err != nil {
+		return err
+	}
+	return r.afterwards(len(ops))
+}
+
 // shrink looks for a short sequence that still fails: it drops ever smaller parts as long as the rest fails, within the
 // time given.
 func shrink(fails func([]op) bool, ops []op, budget time.Duration) []op {
