@@ -77,7 +77,14 @@ func (c *checker) pages() error {
 	}
 	f.tab.mu.Lock()
 	defer f.tab.mu.Unlock()
-	for i := range f.tab.npages {
+	for i := int64(0); ; i++ {
+		var err error
+		if i, err = f.tab.nextPage(f.s, i); err != nil {
+			return err
+		}
+		if i >= f.tab.npages {
+			return nil
+		}
 		p, err := f.tab.page(f.s, i)
 		if err != nil {
 			return err
@@ -88,11 +95,8 @@ func (c *checker) pages() error {
 				p.damaged, p.dirty = false, true
 				c.rotten = append(c.rotten, i)
 			}
-		} else if p.gen == 0 {
-			delete(f.tab.pages, i) // nothing there: a long table of nothing must not fill the memory
 		}
 	}
-	return nil
 }
 
 // places looks at where a bcow table says that blocks lie: inside the file, outside the table, and no two at one place.
@@ -101,8 +105,8 @@ func (c *checker) places() error {
 	f.tab.mu.Lock()
 	defer f.tab.mu.Unlock()
 	used := make(map[uint32]int64)
-	for page := range f.tab.npages {
-		if f.tab.pages[page] == nil || f.tab.pages[page].damaged {
+	for page, p := range f.tab.pages { // those that pages found to say something
+		if p.damaged {
 			continue
 		}
 		for i := range int64(wordsPerPage) {

@@ -134,6 +134,26 @@ func (f *File) load(n int64) (*region, error) {
 	return f.loadPhys(n)
 }
 
+// nextRegion returns the first region at or after n that may have other states than Lower. The caller holds shape.
+func (f *File) nextRegion(n int64) int64 {
+	c := n / chunkRegions
+	if c >= int64(len(f.dir.chunks)) || f.dir.chunks[c].Load() != nil {
+		return n
+	}
+	per := int64(bitsPerPage)
+	if f.format != Sparse {
+		per = entriesPerPage(f.format)
+	}
+	f.tab.mu.Lock()
+	defer f.tab.mu.Unlock()
+	page := n * regionBlocks / per
+	next, err := f.tab.nextPage(f.s, page)
+	if err != nil || next <= page {
+		return n
+	}
+	return max(n, min(next*per/regionBlocks, (c+1)*chunkRegions))
+}
+
 // mutable returns region n for a change. The caller holds mu, and has loaded the region.
 func (f *File) mutable(n int64) *region {
 	p := f.dir.at(n)
@@ -326,7 +346,7 @@ func (f *File) States() (lower, inTransit, upper int64) {
 		return 0, 0, 0
 	}
 	blocks := f.blocks()
-	for n := int64(0); n*regionBlocks < blocks; n++ {
+	for n := f.nextRegion(0); n*regionBlocks < blocks; n = f.nextRegion(n + 1) {
 		r, err := f.region(n)
 		if err != nil {
 			continue

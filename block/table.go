@@ -2,6 +2,8 @@ package block
 
 import (
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // table is a paged table of one file, with its pages in memory as far as they were touched. All methods but flush want
@@ -21,22 +23,56 @@ func newTable(kind pageKind, pos, npages int64) *table {
 // end is the first byte behind the table.
 func (t *table) end() int64 { return t.pos + t.npages*slotsSize }
 
+// noPage stands for every page that was never written. It is shared and never changed: see writable.
+var noPage = &page{slot: 1}
+
 // page returns page i, reading it if it is not in memory. A damaged page is returned as it is: damaged.
 func (t *table) page(s Store, i int64) (*page, error) {
 	if p := t.pages[i]; p != nil {
 		return p, nil
 	}
-	p := &page{slot: 1}
+	p := noPage
 	if i < t.npages {
 		buf := getBuf(slotsSize)
 		defer putBuf(buf)
 		if err := readZeroFilled(s, *buf, t.pos+i*slotsSize); err != nil {
 			return nil, err
 		}
-		p = parsePage(*buf, pageID{t.kind, t.pos, i})
+		if !allZero(*buf) {
+			p = parsePage(*buf, pageID{t.kind, t.pos, i})
+		}
 	}
 	t.pages[i] = p
 	return p, nil
+}
+
+// writable returns page i for a change of its entries.
+func (t *table) writable(s Store, i int64) (*page, error) {
+	p, err := t.page(s, i)
+	if p == noPage {
+		p = &page{slot: 1}
+		t.pages[i] = p
+	}
+	return p, err
+}
+
+// nextPage returns the first page at or after i that may say something; npages if there is none. It makes walking a
+// long table of nothing cheap.
+func (t *table) nextPage(s Store, i int64) (int64, error) {
+	next := t.npages
+	at, err := s.Seek(t.pos+i*slotsSize, unix.SEEK_DATA)
+	switch {
+	case err == nil:
+		next = max(i, min(next, (at-t.pos)/slotsSize))
+	case err != unix.ENXIO:
+		return 0, err
+	}
+	for k, p := range t.pages {
+		if k >= i && k < next && p != noPage {
+			next = k
+		}
+	}
+	return next, nil
 }
 
 // flush writes every dirty page into its older slot. A page stays dirty until its write succeeded.
@@ -91,9 +127,13 @@ func (t *table) anyDirty() bool {
 // dirty. The caller holds mu.
 func (t *table) movedTo(s Store, pos, npages int64) (*table, error) {
 	moved := newTable(t.kind, pos, npages)
-	for i := range max(t.npages, npages) {
-		if i >= t.npages && t.pages[i] == nil {
-			continue
+	for i := int64(0); ; i++ {
+		var err error
+		if i, err = t.nextPage(s, i); err != nil {
+			return nil, err
+		}
+		if i >= t.npages {
+			break
 		}
 		p, err := t.page(s, i)
 		if err != nil {

@@ -182,7 +182,7 @@ func (f *File) entry(b int64) (phys uint32, damaged bool, err error) {
 // setEntry changes what the table says of block b, in memory. The caller holds mu and tab.mu.
 func (f *File) setEntry(b int64, phys uint32) error {
 	if f.format != BCoW {
-		p, err := f.tab.page(f.s, b/wordsPerPage)
+		p, err := f.tab.writable(f.s, b/wordsPerPage)
 		if err == nil && !p.damaged && p.word(b%wordsPerPage) != phys {
 			p.setWord(b%wordsPerPage, phys)
 			p.dirty = true
@@ -198,7 +198,7 @@ func (f *File) setEntry(b int64, phys uint32) error {
 		if err != nil {
 			return err
 		}
-		p, err := f.tab.page(f.s, b/leafEntries/wordsPerPage)
+		p, err := f.tab.writable(f.s, b/leafEntries/wordsPerPage)
 		if err != nil {
 			return err
 		}

@@ -34,7 +34,7 @@ func (f *File) loadBits(n int64) (*region, error) {
 
 // stageBits tells the bitmap which blocks of region n are Upper. The caller holds mu and tab.mu.
 func (f *File) stageBits(n int64, r *region) error {
-	p, err := f.tab.page(f.s, n/regionsPerPage)
+	p, err := f.tab.writable(f.s, n/regionsPerPage)
 	if err != nil || p.damaged {
 		return err
 	}

@@ -230,7 +230,7 @@ func (f *File) cleanTail() error {
 // holds commitMu and shape.
 func (f *File) dropBehind(size int64) error {
 	first := ceilDiv(size, f.bs)
-	for n := first / regionBlocks; n*regionBlocks < f.bound>>f.shift; n++ {
+	for n := f.nextRegion(first / regionBlocks); n*regionBlocks < f.bound>>f.shift; n = f.nextRegion(n + 1) {
 		r, err := f.region(n)
 		if err != nil {
 			return err
