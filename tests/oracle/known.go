@@ -4,7 +4,6 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-
 )
 
 // A known difference between kernel overlayfs and a standard filesystem (Documentation/filesystems/overlayfs.rst,
@@ -90,4 +89,3 @@ func (r *run) diffSnapshots(overlay, lamina map[string]string) []string {
 	}
 	return diffs
 }
-

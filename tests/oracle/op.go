@@ -99,7 +99,9 @@ var kinds = []struct {
 // generator makes operations out of one seed.
 type generator struct{ *rand.Rand }
 
-func newGenerator(seed uint64) generator { return generator{rand.New(rand.NewPCG(seed, 0x6c616d696e61))} }
+func newGenerator(seed uint64) generator {
+	return generator{rand.New(rand.NewPCG(seed, 0x6c616d696e61))}
+}
 
 func pick[T any](g generator, from []T) T { return from[g.IntN(len(from))] }
 
