@@ -207,6 +207,7 @@ func (n *Node) lastClose() *block.File {
 	if c.file.Sketch() && !n.dead {
 		return c.file
 	}
+	n.remember(c.file)
 	c.file.Abandon() // an ordinary file, or one that nobody will ever read again
 	n.closeContent(c)
 	return nil
@@ -220,15 +221,17 @@ func (n *Node) settled(f *block.File) {
 	if n.opens > 0 || c == nil || c.file != f {
 		return
 	}
-	size, sketch := f.Size(), f.Sketch()
+	n.remember(f)
 	if err := f.Close(); err != nil {
 		n.fs.cfg.Logf("closing inode %d of the union, tried again later: %v", n.ino, err)
 		go f.Settle(n.settled)
 		return
 	}
-	n.size, n.sketch = size, sketch
 	n.closeContent(c)
 }
+
+// remember keeps what stat needs to know of a file while it is closed. The caller holds mu.
+func (n *Node) remember(f *block.File) { n.size, n.sketch = f.Size(), f.Sketch() }
 
 // closeContent lets go of a content whose upper file is closed. The caller holds mu.
 func (n *Node) closeContent(c *content) {

@@ -324,6 +324,26 @@ func TestReaderBeforeWriterSeesOneFile(t *testing.T) {
 	}
 }
 
+// A sketch that became an ordinary file while it was open is stat'ed as one afterwards.
+func TestSizeAfterASketchBecameOrdinary(t *testing.T) {
+	s := newStack(t, 1, func(p func(int, string) string) { put(t, p(0, "f"), strings.Repeat("a", 70000)) })
+	h, err := s.fs.Open(s.node("f"), unix.O_RDWR)
+	must(t, err)
+	zero, size := int64(0), int64(123)
+	_, err = s.fs.SetAttr(s.node("f"), SetAttr{Size: &zero})
+	must(t, err)
+	h.Release()
+	if got := s.stat("f").Size; got != 0 {
+		t.Errorf("size %d after truncation to 0", got)
+	}
+	_, err = s.fs.SetAttr(s.node("f"), SetAttr{Size: &size})
+	must(t, err)
+	s.wantRead("f", strings.Repeat("\x00", 123))
+	if got := s.stat("f").Size; got != size {
+		t.Errorf("size %d, want %d", got, size)
+	}
+}
+
 func TestMetadataCopiesNoData(t *testing.T) {
 	s := newStack(t, 1, func(p func(int, string) string) {
 		must(t, os.WriteFile(p(0, "big"), nil, 0o644))
