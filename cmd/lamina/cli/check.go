@@ -24,6 +24,11 @@ func checkMountPoint(mnt string) (string, error) {
 	if err == nil {
 		err = unix.Stat(abs, &st)
 	}
+	if err == nil && isLaminaMount(abs) {
+		// The kernel knows a dead mount's attributes by heart; statfs is always asked.
+		var fs unix.Statfs_t
+		err = unix.Statfs(abs, &fs)
+	}
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		return "", fmt.Errorf("mount point %s: does not exist: create it with mkdir", mnt)

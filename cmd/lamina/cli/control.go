@@ -105,11 +105,18 @@ func listen(mnt string) (*control, error) {
 		return nil, err
 	}
 	path := filepath.Join(runtimeDir(), fmt.Sprintf("%s.%d.sock", mountHash(mnt), os.Getpid()))
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	// It gets its name when it listens: whoever finds a socket that refuses may take it for a leftover.
+	fresh := path + ".new"
+	if err := os.Remove(fresh); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: fresh, Net: "unix"})
 	if err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	l.SetUnlinkOnClose(false)
+	if err := os.Rename(fresh, path); err != nil {
+		l.Close()
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
 	return &control{l: l, path: path}, nil
@@ -135,7 +142,8 @@ func (c *control) serve(status func() Status) {
 }
 
 func (c *control) close() {
-	c.l.Close() // removes the socket
+	_ = os.Remove(c.path) // somebody may have tidied up the directory
+	c.l.Close()
 	c.wg.Wait()
 }
 
@@ -221,7 +229,7 @@ func mountsOn(mnt string) ([]Status, error) {
 		st, pidfd, err := ask(path)
 		switch {
 		case errors.Is(err, errGone):
-			removeStale(path)
+			_ = os.Remove(path)
 		case err != nil:
 			failed = errors.Join(failed, fmt.Errorf("control socket %s: %w", path, err))
 		default:
@@ -233,14 +241,4 @@ func mountsOn(mnt string) ([]Status, error) {
 		return all[i].Mountpoint < all[j].Mountpoint || all[i].Mountpoint == all[j].Mountpoint && all[i].PID < all[j].PID
 	})
 	return all, failed
-}
-
-// removeStale removes a socket unless its process lives: it may have been listening for a moment only.
-func removeStale(path string) {
-	name := strings.TrimSuffix(filepath.Base(path), ".sock")
-	var pid int
-	if _, err := fmt.Sscanf(name[strings.LastIndexByte(name, '.')+1:], "%d", &pid); err == nil && pid > 0 && unix.Kill(pid, 0) == nil {
-		return
-	}
-	_ = os.Remove(path)
 }

@@ -243,9 +243,15 @@ func detach(mnt string) (*logger, error) {
 	return lg, os.Chdir("/")
 }
 
+// runtimeDirVariable overrides runtimeDir.
+const runtimeDirVariable = "LAMINA_RUNTIME_DIR"
+
 // runtimeDir holds control sockets and logs: /run/lamina for root, below XDG_RUNTIME_DIR for others and for the root of
 // a user namespace, who may not write to /run.
 func runtimeDir() string {
+	if dir := os.Getenv(runtimeDirVariable); dir != "" {
+		return dir
+	}
 	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" && (os.Geteuid() != 0 || unix.Access("/run", unix.W_OK) != nil) {
 		return filepath.Join(dir, "lamina")
 	}

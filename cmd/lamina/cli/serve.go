@@ -306,8 +306,37 @@ func (in *instance) onSignal(sig os.Signal, detached bool) bool {
 	return true
 }
 
-// abort ends the FUSE connection: whoever uses the mount gets ENOTCONN.
+// abort ends the FUSE connection: whoever uses the mount gets ENOTCONN. Where nobody has mounted the filesystem that
+// controls connections, a detached mount of it serves.
 func (in *instance) abort() error {
-	path := fmt.Sprintf("/sys/fs/fuse/connections/%d/abort", unix.Minor(in.dev))
-	return os.WriteFile(path, []byte("1"), 0)
+	name := strconv.FormatUint(in.dev, 10) + "/abort"
+	err := os.WriteFile("/sys/fs/fuse/connections/"+name, []byte("1"), 0)
+	if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	dir, err := mountDetached("fusectl")
+	if err != nil {
+		return fmt.Errorf("mounting fusectl: %w", err)
+	}
+	defer unix.Close(dir)
+	fd, err := unix.Openat(dir, name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("fusectl %s: %w", name, err)
+	}
+	defer unix.Close(fd)
+	_, err = unix.Write(fd, []byte("1"))
+	return err
+}
+
+// mountDetached mounts a filesystem that is reached by the returned descriptor alone and goes with it.
+func mountDetached(fstype string) (int, error) {
+	fs, err := unix.Fsopen(fstype, unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(fs)
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return -1, err
+	}
+	return unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
 }
