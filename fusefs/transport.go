@@ -124,9 +124,9 @@ func (w logWriter) Write(p []byte) (int, error) {
 
 // mountDirect mounts with mount(2) and returns the connection's descriptor.
 func mountDirect(mnt string, opt *Options, o *fuse.MountOptions) (fd int, err error) {
-	fd, err = unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	fd, err = openDevice()
 	if err != nil {
-		return -1, fmt.Errorf("/dev/fuse: %w: load the kernel module fuse, or give the container the device", err)
+		return -1, err
 	}
 	defer func() {
 		if err != nil {
@@ -153,6 +153,28 @@ func mountDirect(mnt string, opt *Options, o *fuse.MountOptions) (fd int, err er
 			return -1, fmt.Errorf("mount point %s: %w: does this kernel's security module know %s?", mnt, err, strings.Join(opt.Contexts, ","))
 		}
 		return -1, fmt.Errorf("mount point %s: %w", mnt, err)
+	}
+	return fd, nil
+}
+
+// fuseDevice is /dev/fuse's number, 10:229 in the kernel's list of devices.
+var fuseDevice = unix.Mkdev(10, 229)
+
+// openDevice opens /dev/fuse, and makes sure that it is: a container may have something else in its place, and mount(2)
+// would only say EINVAL.
+func openDevice() (int, error) {
+	const path, remedy = "/dev/fuse", "load the kernel module fuse, or give the container the device"
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("%s: %w: %s", path, err, remedy)
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFCHR || st.Rdev != fuseDevice) {
+		err = fmt.Errorf("not the FUSE device: %s", remedy)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("%s: %w", path, err)
 	}
 	return fd, nil
 }
