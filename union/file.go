@@ -322,14 +322,15 @@ func seekLower(l block.Lower, off int64, whence int) (int64, error) {
 	return min(end, st.Size), err
 }
 
-// CopyRange is copy_file_range(2) between two open files of the union.
+// CopyRange is copy_file_range(2) between two open files of the union. The kernel has asked for set-id bits to go, if
+// they must, before it sends the request.
 func (fs *FS) CopyRange(src *Handle, srcOff int64, dst *Handle, dstOff, n int64) (int64, error) {
 	to := dst.n.cur.Load()
 	if to.file == nil {
 		return 0, unix.EBADF
 	}
 	if !dst.n.privClean.Load() {
-		if err := fs.dropPriv(dst.n, true); err != nil {
+		if err := fs.dropPriv(dst.n, false); err != nil {
 			return 0, err
 		}
 	}
