@@ -134,24 +134,24 @@ func (f *File) load(n int64) (*region, error) {
 	return f.loadPhys(n)
 }
 
-// nextRegion returns the first region at or after n that may have other states than Lower. The caller holds shape.
+// nextRegion returns the first region at or after n that may have other states than Lower; without one, a region behind
+// the last. The caller holds shape.
 func (f *File) nextRegion(n int64) int64 {
-	c := n / chunkRegions
-	if c >= int64(len(f.dir.chunks)) || f.dir.chunks[c].Load() != nil {
-		return n
-	}
 	per := int64(bitsPerPage)
 	if f.format != Sparse {
 		per = entriesPerPage(f.format)
 	}
 	f.tab.mu.Lock()
 	defer f.tab.mu.Unlock()
-	page := n * regionBlocks / per
-	next, err := f.tab.nextPage(f.s, page)
-	if err != nil || next <= page {
+	next, err := f.tab.nextPage(f.s, n*regionBlocks/per)
+	if err != nil {
 		return n
 	}
-	return max(n, min(next*per/regionBlocks, (c+1)*chunkRegions))
+	end := max(n, next*per/regionBlocks)
+	if next >= f.tab.npages { // the table says nothing more; only memory may
+		end = int64(len(f.dir.chunks)) * chunkRegions
+	}
+	return f.dir.inMemory(n, end)
 }
 
 // mutable returns region n for a change. The caller holds mu, and has loaded the region.

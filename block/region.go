@@ -133,6 +133,22 @@ func (d *directory) at(n int64) *atomic.Pointer[region] {
 	return &c[n%chunkRegions]
 }
 
+// inMemory returns the first region in [n, end) that is in memory and not empty; end if there is none.
+func (d *directory) inMemory(n, end int64) int64 {
+	for n < end && n/chunkRegions < int64(len(d.chunks)) {
+		c := d.chunks[n/chunkRegions].Load()
+		if c == nil {
+			n = (n/chunkRegions + 1) * chunkRegions
+			continue
+		}
+		if r := c[n%chunkRegions].Load(); r != nil && r != emptyRegion {
+			return n
+		}
+		n++
+	}
+	return max(n, end)
+}
+
 // all yields every region in memory, in order.
 func (d *directory) all() iter.Seq2[int64, *atomic.Pointer[region]] {
 	return func(yield func(int64, *atomic.Pointer[region]) bool) {

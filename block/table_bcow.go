@@ -124,6 +124,9 @@ func leafSum(s []byte, index int64) uint32 {
 	return crc32.Update(crc32.Update(0, castagnoli, s[4:leafSlot]), castagnoli, tail[:])
 }
 
+// noLeaf stands for every leaf that has no place. It is shared and never changed.
+var noLeaf = &leaf{slot: 1}
+
 // leaf returns leaf index, reading it if it is not in memory. The caller holds tab.mu.
 func (f *File) leaf(index int64) (*leaf, error) {
 	if l := f.bcow.leaves[index]; l != nil {
@@ -133,8 +136,12 @@ func (f *File) leaf(index int64) (*leaf, error) {
 	if err != nil {
 		return nil, err
 	}
+	at := p.word(index % wordsPerPage)
+	if at == 0 && !p.damaged {
+		return noLeaf, nil
+	}
 	l := &leaf{slot: 1, damaged: p.damaged}
-	if at := p.word(index % wordsPerPage); at != 0 && !p.damaged {
+	if !p.damaged {
 		if !f.insideData(int64(at)*leafSize, leafSize) {
 			l.damaged = true
 		} else {
@@ -193,7 +200,7 @@ func (f *File) setEntry(b int64, phys uint32) error {
 	if err != nil || l.damaged || l.phys[b%leafEntries] == phys {
 		return err
 	}
-	if l.at == 0 {
+	if l == noLeaf {
 		at, err := f.bcow.takeLeaf()
 		if err != nil {
 			return err
@@ -204,7 +211,8 @@ func (f *File) setEntry(b int64, phys uint32) error {
 		}
 		p.setWord(b/leafEntries%wordsPerPage, at)
 		p.dirty = true
-		l.at = at
+		l = &leaf{slot: 1, at: at}
+		f.bcow.leaves[b/leafEntries] = l
 	}
 	l.phys[b%leafEntries] = phys
 	l.dirty = true
