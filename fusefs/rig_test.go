@@ -17,8 +17,6 @@ type rig struct {
 	t                 testing.TB
 	fs                *union.FS
 	lower, upper, mnt string
-	lowers            []string
-	lines             []string
 }
 
 // newRig mounts a union of one lower layer, filled by fill, and an upper layer unless opt.ReadOnly.
