@@ -36,6 +36,17 @@ type Option struct {
 	set func(p *parser, value string) string
 }
 
+// Syntax is how the option is written: name, name=VALUE or name[=VALUE].
+func (d *Option) Syntax() string {
+	switch {
+	case d.Value == "":
+		return d.Name
+	case d.needsValue():
+		return d.Name + "=" + d.Value
+	}
+	return d.Name + "[=" + strings.Trim(d.Value, "[]") + "]"
+}
+
 func (d *Option) needsValue() bool { return d.Value != "" && d.Value[0] != '[' }
 
 // Table returns all options, in the order of the manual.
@@ -60,9 +71,9 @@ func find(name string) *Option {
 
 // The table. Help texts are the manual's.
 var table = []Option{
-	{"lowerdir", "DIR[:DIR...][::DIR...]", "The lower directories, topmost first. Behind a double colon: data-only layers. A backslash takes the meaning from a colon, comma or backslash behind it. A relative path starts at the working directory.", Overlayfs, setLowers},
+	{"lowerdir", "DIR[:DIR...][::DIR...]", "The lower directories, topmost first. Data-only layers, behind a double colon, are refused at mount: name one as the last lower directory, where its files are found too. A backslash takes the meaning from a colon, comma or backslash behind it. A relative path starts at the working directory.", Overlayfs, setLowers},
 	{"lowerdir+", "DIR", "Adds one lower directory below those named so far.", Overlayfs, addLower},
-	{"datadir+", "DIR", "Adds one data-only layer, whose files are reached by absolute redirects alone.", Overlayfs, addData},
+	{"datadir+", "DIR", "Adds one data-only layer; refused at mount like those in lowerdir.", Overlayfs, addData},
 	{"upperdir", "DIR", "The writable upper directory. Without one the mount is read-only.", Overlayfs,
 		setPath(func(o *Options) *string { return &o.Upper })},
 	{"workdir", "DIR", "A directory for Lamina alone, empty at first, on the same filesystem as the upper directory.", Overlayfs,
@@ -86,9 +97,9 @@ var table = []Option{
 	{"override_creds", "", "Layers are accessed with the credentials of the server, as always with Lamina.", Overlayfs, acceptFlag},
 	{"nooverride_creds", "", "Refused: a server in user space accesses the layers as itself.", Overlayfs, refuse("a server in user space accesses the layers with its own credentials: leave it out")},
 
-	{"uidmapping", "[:]DISK:SHOWN:LEN[:DISK:SHOWN:LEN...]", "Shows LEN user ids, from DISK on in the layers, as those from SHOWN on. Ids without a mapping are shown as 65534.", FuseOverlayfs,
+	{"uidmapping", "DISK:SHOWN:LEN[:DISK:SHOWN:LEN...]", "Shows LEN user ids, from DISK on in the layers, as those from SHOWN on. Ids without a mapping are shown as 65534. A colon may go before the first number.", FuseOverlayfs,
 		setMapping(func(o *Options) *[]IDRange { return &o.UIDs })},
-	{"gidmapping", "[:]DISK:SHOWN:LEN[:DISK:SHOWN:LEN...]", "The same for group ids.", FuseOverlayfs,
+	{"gidmapping", "DISK:SHOWN:LEN[:DISK:SHOWN:LEN...]", "The same as uidmapping, for group ids.", FuseOverlayfs,
 		setMapping(func(o *Options) *[]IDRange { return &o.GIDs })},
 	{"squash_to_root", "", "Shows every object as owned by 0:0. squash_to_uid and squash_to_gid go before it.", FuseOverlayfs, squashToRoot},
 	{"squash_to_uid", "UID", "Shows every object as owned by this user.", FuseOverlayfs, setID(func(o *Options) **uint32 { return &o.SquashUID })},
@@ -107,7 +118,7 @@ var table = []Option{
 	{"threaded", "[0|1]", "Requests are served concurrently with any value.", FuseOverlayfs, choice("0", accept, "1", accept, "", accept)},
 	{"clone_fd", "[0|1]", "The transport arranges its own queues; accepted.", FuseOverlayfs, choice("0", accept, "1", accept, "", accept)},
 	{"max_idle_threads", "N", "The server's threads are the Go runtime's; any number is accepted.", FuseOverlayfs, acceptNumber},
-	{"max_threads", "N", "The same.", FuseOverlayfs, acceptNumber},
+	{"max_threads", "N", "The same as max_idle_threads.", FuseOverlayfs, acceptNumber},
 	{"fast_ino", "[0|1]", "Inode numbers take no extra time; accepted.", FuseOverlayfs, choice("0", accept, "1", accept, "", accept)},
 	{"ino32_t", "[0]", "ino32_t=1 is refused: inode numbers have 64 bits.", FuseOverlayfs,
 		choice("0", accept, "1", noIno32, "", noIno32)},
@@ -145,13 +156,13 @@ var table = []Option{
 	{"diratime", "", "Access times of directories are kept.", Mount, flag(unix.MS_NODIRATIME, false)},
 	{"nodiratime", "", "Access times of directories are not kept.", Mount, flag(unix.MS_NODIRATIME, true)},
 	{"relatime", "", "Access times are kept relative to changes.", Mount, flag(unix.MS_RELATIME, true)},
-	{"norelatime", "", "Not so.", Mount, flag(unix.MS_RELATIME, false)},
+	{"norelatime", "", "Undoes relatime.", Mount, flag(unix.MS_RELATIME, false)},
 	{"strictatime", "", "Access times are always kept.", Mount, flag(unix.MS_STRICTATIME, true)},
-	{"nostrictatime", "", "Not so.", Mount, flag(unix.MS_STRICTATIME, false)},
+	{"nostrictatime", "", "Undoes strictatime.", Mount, flag(unix.MS_STRICTATIME, false)},
 	{"lazytime", "", "Times are written lazily.", Mount, flag(unix.MS_LAZYTIME, true)},
-	{"nolazytime", "", "Not so.", Mount, flag(unix.MS_LAZYTIME, false)},
+	{"nolazytime", "", "Undoes lazytime.", Mount, flag(unix.MS_LAZYTIME, false)},
 	{"silent", "", "The kernel logs fewer messages.", Mount, flag(unix.MS_SILENT, true)},
-	{"loud", "", "Not so.", Mount, flag(unix.MS_SILENT, false)},
+	{"loud", "", "Undoes silent.", Mount, flag(unix.MS_SILENT, false)},
 	{"allow_other", "", "Other users may use the mount. The default for root.", Mount, func(p *parser, _ string) string { p.o.AllowOther = true; return "" }},
 	{"allow_root", "", "Refused: the kernel cannot tell root from other users here.", Mount, refuse("the kernel lets in all users or one: use allow_other")},
 	{"fsname", "NAME", "The source shown in /proc/mounts. Default: lamina.", Mount, func(p *parser, v string) string { p.o.FSName = unescape(v); return "" }},
@@ -161,17 +172,17 @@ var table = []Option{
 	{"rootcontext", "LABEL", "SELinux label of the root.", Mount, setContext("rootcontext")},
 	{"remount", "", "Refused: options are fixed for the life of a mount.", Mount, refuse("a Lamina mount keeps its options for life: unmount it and mount it anew")},
 	{"bind", "", "Refused here.", Mount, refuse("not a filesystem's option: use mount --bind")},
-	{"defaults", "", "Nothing.", Mount, acceptFlag},
-	{"auto", "", "For fstab; nothing here.", Mount, acceptFlag},
-	{"noauto", "", "For fstab; nothing here.", Mount, acceptFlag},
-	{"nofail", "", "For fstab; nothing here.", Mount, acceptFlag},
-	{"_netdev", "", "For fstab; nothing here.", Mount, acceptFlag},
-	{"user", "[NAME]", "For fstab; nothing here.", Mount, acceptAny},
-	{"nouser", "", "For fstab; nothing here.", Mount, acceptFlag},
-	{"users", "", "For fstab; nothing here.", Mount, acceptFlag},
-	{"owner", "", "For fstab; nothing here.", Mount, acceptFlag},
-	{"group", "", "For fstab; nothing here.", Mount, acceptFlag},
-	{"comment", "TEXT", "For fstab; nothing here.", Mount, acceptAny},
+	{"defaults", "", "Without effect.", Mount, acceptFlag},
+	{"auto", "", "For fstab(5); without effect here.", Mount, acceptFlag},
+	{"noauto", "", "For fstab(5); without effect here.", Mount, acceptFlag},
+	{"nofail", "", "For fstab(5); without effect here.", Mount, acceptFlag},
+	{"_netdev", "", "For fstab(5); without effect here.", Mount, acceptFlag},
+	{"user", "[NAME]", "For fstab(5); without effect here.", Mount, acceptAny},
+	{"nouser", "", "For fstab(5); without effect here.", Mount, acceptFlag},
+	{"users", "", "For fstab(5); without effect here.", Mount, acceptFlag},
+	{"owner", "", "For fstab(5); without effect here.", Mount, acceptFlag},
+	{"group", "", "For fstab(5); without effect here.", Mount, acceptFlag},
+	{"comment", "TEXT", "For fstab(5); without effect here.", Mount, acceptAny},
 	{"x-*", "[VALUE]", "Options of user space that begin with x- or X-; nothing here.", Mount, acceptAny},
 }
 

@@ -100,6 +100,9 @@ the subcommand. Installed as /sbin/mount.fuse.lamina it makes "mount -t fuse.lam
 	}
 	root.SetVersionTemplate("lamina: version {{.Version}}\n")
 	root.AddCommand(mountCommand(), umountCommand(), statusCommand(), fsckCommand(), flattenCommand())
+	for _, c := range root.Commands() {
+		c.DisableFlagsInUseLine = true // they are in it where they matter
+	}
 	return root
 }
 

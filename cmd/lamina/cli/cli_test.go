@@ -399,7 +399,7 @@ func TestFsckExitStatus(t *testing.T) {
 	must(t, err)
 	must(t, f.Close())
 	l.ok("umount", "mnt")
-	if out := l.ok("fsck", "upper"); !strings.Contains(out, "clean") {
+	if out := l.ok("fsck", "-o", "lowerdir=l1:l2", "upper"); !strings.Contains(out, "clean") {
 		t.Errorf("%s", out)
 	}
 	must(t, unix.Setxattr(l.path("upper/big"), "trusted.overlay.metacopy", []byte("forged beyond belief, and long enough"), 0))
@@ -471,5 +471,26 @@ func TestHumanBytes(t *testing.T) {
 		if got := humanBytes(n); got != want {
 			t.Errorf("%d: %s, want %s", n, got, want)
 		}
+	}
+}
+
+// The committed pages are those that the commands and the option table make.
+func TestManPages(t *testing.T) {
+	dir := "../../../man"
+	pages := ManPages()
+	for name, text := range pages {
+		if b, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(b) != text {
+			t.Errorf("%s is not up to date (%v): run go generate ./cmd/lamina/cli", name, err)
+		}
+	}
+	entries, err := os.ReadDir(dir)
+	must(t, err)
+	for _, e := range entries {
+		if _, ok := pages[e.Name()]; !ok {
+			t.Errorf("%s belongs to no command", e.Name())
+		}
+	}
+	if !strings.Contains(pages["lamina-mount.8"], `redirect_dir=on|off|follow|nofollow`) {
+		t.Error("the mount options are missing")
 	}
 }

@@ -65,7 +65,22 @@ NAME is the source shown in /proc/mounts.`,
 		RunE: func(_ *cobra.Command, args []string) error { return mount(&f, args) },
 	}
 	f.register(cmd.Flags())
+	cmd.SetUsageTemplate(cmd.UsageTemplate() + "\nMount options:\n" + optionList())
 	return cmd
+}
+
+// optionList is the table of mount options for --help.
+func optionList() string {
+	const column = 32
+	var b strings.Builder
+	for _, o := range mountopt.Table() {
+		syntax := o.Syntax()
+		if len(syntax) > column {
+			syntax += "\n" + strings.Repeat(" ", column+2)
+		}
+		fmt.Fprintf(&b, "  %-*s %s\n", column, syntax, o.Help)
+	}
+	return b.String()
 }
 
 // mountHelper serves "mount.fuse.lamina NAME MOUNTPOINT [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]", as mount(8)
