@@ -3,6 +3,7 @@ package cli
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -337,6 +338,26 @@ func TestSignalWhileBusy(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The server holds nothing of the caller's: a pipe that the caller reads to its end would keep it waiting for ever.
+func TestServerLetsGo(t *testing.T) {
+	l := newLayers(t)
+	exe, err := os.Executable()
+	must(t, err)
+	r, w, err := os.Pipe()
+	must(t, err)
+	defer r.Close()
+	cmd := exec.Command(exe, "mount", "-o", rw, "mnt")
+	cmd.Args[0], cmd.Dir, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = "lamina", l.dir, w, w, []*os.File{w}
+	err = cmd.Run()
+	w.Close()
+	must(t, err)
+	must(t, r.SetReadDeadline(time.Now().Add(20*time.Second)))
+	if out, err := io.ReadAll(r); err != nil || len(out) > 0 {
+		t.Errorf("%q %v", out, err)
+	}
+	l.ok("umount", "mnt")
 }
 
 func TestStackedMounts(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -187,6 +188,12 @@ func startServer(f *mountFlags, args []string, mnt string) error {
 	cmd.Args[0] = "lamina"
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// What the caller left open here must not stay open for the life of the mount: a lock, or a pipe somebody reads to
+	// its end.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		w.Close()
+		return fmt.Errorf("close_range (Linux 5.11): %w", err)
+	}
 	err = cmd.Start()
 	w.Close()
 	if err != nil {
