@@ -5,8 +5,8 @@ set -eu
 
 # command:package pairs.
 build=""
-test="fio:fio setfattr:attr setfacl:acl mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs setquota:quota fusermount3:fuse3 \
-setcap:libcap2-bin sqlite3:sqlite3 losetup:mount tar:tar gcc:gcc ldconfig:libc6-dev"
+test="fio:fio setfattr:attr setfacl:acl mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs fusermount3:fuse3 \
+setcap:libcap2-bin sqlite3:sqlite3 losetup:mount tar:tar gcc:gcc unshare:util-linux setpriv:util-linux"
 bench="mkfs.ext4:e2fsprogs losetup:mount fuse-overlayfs:fuse-overlayfs"
 demo="sqlite3:sqlite3 mkfs.ext4:e2fsprogs losetup:mount"
 

@@ -96,7 +96,7 @@ func Try(t testing.TB, c rival.Config) (*T, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), Timeout)
 	defer cancel()
 	rm, err := rival.Up(ctx, c, dir)
-	m := &T{Mount: rm, t: t}
+	m := &T{Mount: rm, t: t, SkipFsck: err != nil} // nothing was mounted, nothing was written
 	t.Cleanup(m.cleanup)
 	return m, err
 }

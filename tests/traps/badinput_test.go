@@ -105,7 +105,7 @@ func TestBadInput(t *testing.T) {
 		{"bad copyup", good + ",copyup=maybe", []string{"copyup", "maybe", "clone"}},
 		{"bad passthrough", good + ",passthrough=yes", []string{"passthrough", "yes", "auto"}},
 		{"bad block size", good + ",block_size=5000", []string{"block_size", "5000"}},
-		{"bad mapping", good + ",uidmapping=0:x:1", []string{"uidmapping", "0:x:1"}},
+		{"bad mapping", good + ",uidmapping=0:x:1", []string{"uidmapping", `"x"`}},
 		{"value for a flag", good + ",volatile=very", []string{"volatile"}},
 		{"nfs_export", good + ",nfs_export=on", []string{"nfs_export"}},
 		{"verity", good + ",verity=require", []string{"verity"}},
@@ -188,7 +188,7 @@ func TestNoFuseDevice(t *testing.T) {
 	bin, err := rival.BinaryPath()
 	check(t, err)
 	out := shell(t, `unshare -m sh -c '
-		mount --make-rprivate / && mount --bind /dev/null /dev/fuse
+		mount --make-rprivate / && mount -t tmpfs tmpfs /dev && mknod -m 666 /dev/null c 1 3
 		%s mount -o lowerdir=%s,upperdir=%s,workdir=%s %s 2>&1; echo "status $?"'`, bin, d[0], d[1], d[2], d[3])
 	if !strings.Contains(out, "/dev/fuse") || strings.Contains(out, "status 0") || strings.Count(out, "\n") != 2 {
 		t.Errorf("want one line that names /dev/fuse and an exit status that is not 0:\n%s", out)

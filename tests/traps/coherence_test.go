@@ -112,8 +112,9 @@ func TestTrapNoStalePagesBetweenModes(t *testing.T) {
 			if round == 3 { // everything, so that it completes and passes through as an upper file
 				want = append([]byte("\x7fELF"), data(9, 8*block)...)
 				check(t, patch(m.Path("f"), string(want), 0))
-				fd := open(t, m.Path("f"), unix.O_RDONLY)
+				fd, shut := opened(t, m.Path("f"), unix.O_RDONLY)
 				check(t, unix.Fsync(fd))
+				shut()
 			}
 			wantFile(t, m.Path("f"), want)
 		}
@@ -218,12 +219,13 @@ func TestTrapHardLinksSurviveCopyUp(t *testing.T) {
 		want = bytes.Clone(want)
 		names := []string{"a", "d/b", "e/c"}
 		ino := linked(t, m, names, 3)
-		early := open(t, m.Path("e/c"), unix.O_RDONLY)
+		early, shut := opened(t, m.Path("e/c"), unix.O_RDONLY)
 		check(t, patch(m.Path("d/b"), "through b", 5*block))
 		copy(want[5*block:], "through b")
 		if got := pread(t, early, len(want), 0); !bytes.Equal(got, want) {
 			t.Error("a descriptor of another link, opened before, does not see the write")
 		}
+		shut()
 		for range 2 {
 			if got := linked(t, m, names, 3); got != ino {
 				t.Errorf("inode number changed from %d to %d", ino, got)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -72,12 +73,20 @@ func check(t testing.TB, err error) {
 // open opens path and closes it when the test ends, before the mount goes.
 func open(t testing.TB, path string, flags int) int {
 	t.Helper()
+	fd, _ := opened(t, path, flags)
+	return fd
+}
+
+// opened is open for tests that close earlier, with shut.
+func opened(t testing.TB, path string, flags int) (fd int, shut func()) {
+	t.Helper()
 	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0o644)
 	if err != nil {
 		t.Fatalf("open %s: %v", path, err)
 	}
-	t.Cleanup(func() { unix.Close(fd) })
-	return fd
+	shut = sync.OnceFunc(func() { unix.Close(fd) })
+	t.Cleanup(shut)
+	return fd, shut
 }
 
 func pwrite(t testing.TB, fd int, p []byte, off int64) {

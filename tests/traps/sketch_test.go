@@ -95,8 +95,9 @@ func TestTrapSecondPartialWriteBeatsTheCopier(t *testing.T) {
 		want := bytes.Clone(old)
 		var wg sync.WaitGroup
 		for w := range 3 {
-			fd := open(t, m.Path("f"), unix.O_RDWR)
+			fd, shut := opened(t, m.Path("f"), unix.O_RDWR)
 			wg.Go(func() {
+				defer shut()
 				r := rand.New(rand.NewPCG(1, uint64(w)))
 				for b := w; b < blocks; b += 3 {
 					for range 4 {
@@ -288,7 +289,7 @@ func TestTrapDamagedTable(t *testing.T) {
 		damaged := 0
 		for _, off := range tableBytes(clean, want) {
 			bad := clean[off] ^ 0x10
-			check(t, patch(upper, string(bad), off))
+			check(t, patch(upper, string([]byte{bad}), off))
 			m.Again()
 			if got, err := os.ReadFile(m.Path("f")); err != nil {
 				wantErrno(t, fmt.Sprintf("damage at %d", off), err, unix.EIO)
@@ -301,7 +302,7 @@ func TestTrapDamagedTable(t *testing.T) {
 			if out, code := mnt.FsckOutput(t, m.Config); code != 1 {
 				t.Errorf("damage at %d: fsck's exit status is %d, want 1:\n%s", off, code, out)
 			}
-			check(t, patch(upper, string(clean[off]), off))
+			check(t, patch(upper, string(clean[off:off+1]), off))
 		}
 		if damaged == 0 {
 			t.Error("no damage was ever noticed: the test found no table")
