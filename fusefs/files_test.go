@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -174,6 +175,53 @@ func TestTmpfileGetsAName(t *testing.T) {
 		if st := a.stat(r.path("named")); st.Nlink != 1 || st.Size != 8 {
 			t.Errorf("%d links, size %d", st.Nlink, st.Size)
 		}
+	}
+}
+
+// TestOpenWhileReplaced: a file that others keep replacing can be opened at any moment, and what was opened is one of
+// the files that had the name.
+func TestOpenWhileReplaced(t *testing.T) {
+	for _, mode := range bothModes {
+		t.Run(mode.String(), func(t *testing.T) {
+			r := newRig(t, Options{Passthrough: mode}, func(lower string) { must(t, os.WriteFile(lower+"/f", []byte("lower"), 0o644)) })
+			writer, done := startActor(t, 0), make(chan struct{})
+			var wg sync.WaitGroup
+			for range 2 {
+				reader := startActor(t, 0)
+				wg.Go(func() {
+					for {
+						select {
+						case <-done:
+							return
+						default:
+						}
+						out := reader.do(request{Op: "open", Path: r.path("f")})
+						if out.Errno != 0 {
+							t.Errorf("open: %v", out.Errno)
+							return
+						}
+						got := reader.do(request{Op: "pread", FD: int(out.N), Len: 16})
+						if s := string(got.Data); s != "lower" && s != "replaced" {
+							t.Errorf("read %q (%v)", s, got.Errno)
+						}
+						reader.do(request{Op: "close", FD: int(out.N)})
+					}
+				})
+			}
+			for range 300 {
+				fd := writer.open(r.path("new"), unix.O_CREAT|unix.O_WRONLY)
+				writer.pwrite(fd, 0, "replaced")
+				writer.close(fd)
+				writer.must(request{Op: "rename", Path: r.path("new"), Path2: r.path("f")})
+			}
+			close(done)
+			wg.Wait()
+			eventually(t, "nothing that lost its name is kept", func() bool {
+				kept := 0
+				r.srv.departed.files.Range(func(any, any) bool { kept++; return true })
+				return kept == 0
+			})
+		})
 	}
 }
 
