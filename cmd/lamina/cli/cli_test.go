@@ -360,6 +360,29 @@ func TestServerLetsGo(t *testing.T) {
 	l.ok("umount", "mnt")
 }
 
+// A mount command that is killed before it returns leaves no mount.
+func TestMountCommandGone(t *testing.T) {
+	l := newLayers(t)
+	exe, err := os.Executable()
+	must(t, err)
+	r, w, err := os.Pipe()
+	must(t, err)
+	r.Close() // nobody listens to the server
+	cmd := exec.Command(exe, "mount", "--ready-fd", "3", "-o", rw, "mnt")
+	cmd.Args[0], cmd.Dir, cmd.ExtraFiles = "lamina", l.dir, []*os.File{w}
+	err = cmd.Run()
+	w.Close()
+	must(t, err)
+	if l.mounted() {
+		t.Error("mounted for nobody")
+	}
+	log := filepath.Join(runtimeRoot, filepath.Base(logPath(l.path("mnt"))))
+	if b, err := os.ReadFile(log); err != nil || !strings.Contains(string(b), "has gone") {
+		t.Errorf("log: %q %v", b, err)
+	}
+	must(t, os.Remove(log))
+}
+
 func TestStackedMounts(t *testing.T) {
 	l := newLayers(t)
 	l.ok("mount", "-o", "lowerdir=l1", "mnt")

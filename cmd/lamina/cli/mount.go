@@ -137,7 +137,7 @@ func mount(f *mountFlags, args []string) error {
 	case f.readyFD >= 0:
 		return serveInBackground(o, mnt, f.readyFD)
 	case f.foreground:
-		return withCode(exitFailure, serve(o, mnt, newStderrLog(), func() {}))
+		return withCode(exitFailure, serve(o, mnt, newStderrLog(), func() error { return nil }))
 	}
 	if err := startServer(f, args, mnt); err != nil {
 		return withCode(exitFailure, err)
@@ -217,32 +217,34 @@ func startServer(f *mountFlags, args []string, mnt string) error {
 // serveInBackground is the server's side of startServer.
 func serveInBackground(o *mountopt.Options, mnt string, readyFD int) error {
 	unix.CloseOnExec(readyFD)
-	ready := os.NewFile(uintptr(readyFD), "ready pipe")
-	say := func(msg string) {
-		// The parent may be gone; the mount stays all the same.
-		_, _ = io.WriteString(ready, msg+"\n")
-		ready.Close()
+	parent := os.NewFile(uintptr(readyFD), "ready pipe")
+	tell := func(msg string) error {
+		_, err := io.WriteString(parent, msg+"\n")
+		parent.Close()
+		return err
 	}
 	lg, err := detach(mnt)
-	if err == nil {
-		told := false
-		err = serve(o, mnt, lg, func() {
-			told = true
-			say(readyOK)
-		})
-		lg.close(mnt)
-		if told {
-			if err != nil {
-				return &exitError{code: exitFailure} // the log has it
-			}
-			return nil
-		}
-	}
 	if err != nil {
-		say(readyError + oneLine(err))
-		return &exitError{code: exitFailure}
+		return silently(err, tell(readyError+oneLine(err)))
 	}
-	return nil
+	defer lg.close(mnt)
+	told := false
+	err = serve(o, mnt, lg, func() error {
+		told = true
+		return tell(readyOK)
+	})
+	if err == nil || told {
+		return silently(err, nil) // the log has it
+	}
+	return silently(err, tell(readyError+oneLine(err)))
+}
+
+// silently keeps the exit status of errors that have been told elsewhere.
+func silently(errs ...error) error {
+	if errors.Join(errs...) == nil {
+		return nil
+	}
+	return &exitError{code: exitFailure}
 }
 
 // detach lets go of what the server must not keep busy or disturb: the working directory and standard input and output.

@@ -35,8 +35,9 @@ type instance struct {
 }
 
 // serve mounts on mnt, calls ready, and returns when the mount is gone and everything is flushed. Before ready an error
-// means that nothing was mounted or changed; after it, that data could not be flushed.
-func serve(o *mountopt.Options, mnt string, lg *logger, ready func()) error {
+// means that nothing was mounted or changed; after it, that data could not be flushed. If ready fails, whoever asked for
+// the mount is gone, and so is the mount.
+func serve(o *mountopt.Options, mnt string, lg *logger, ready func() error) error {
 	unix.Umask(0) // modes arrive from the kernel with the caller's umask already applied
 	raiseDescriptorLimit()
 	in := &instance{o: o, mnt: mnt, log: lg, started: time.Now()}
@@ -44,7 +45,12 @@ func serve(o *mountopt.Options, mnt string, lg *logger, ready func()) error {
 		return errors.Join(err, in.abandon())
 	}
 	stop := in.handleSignals()
-	ready()
+	if err := ready(); err != nil {
+		lg.printf("%s: the command that mounted it has gone: unmounting", mnt)
+		if err := in.server.Unmount(); err != nil {
+			lg.printf("%v", err)
+		}
+	}
 	in.server.Wait()
 	stop()
 	err := in.fs.Close()
