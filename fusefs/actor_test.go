@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"sync"
 	"testing"
 
@@ -254,6 +255,19 @@ func act(r *request, maps *[][]byte) (out reply, err error) {
 			out.Data = append(append(out.Data, e.Name()...), 0)
 		}
 		n = len(es)
+	case "reopen": // reads the file through Len descriptors, one after the other; Data: what was read last
+		for i := 0; i < r.Len && err == nil; i++ {
+			out.Data, err = os.ReadFile(r.Path)
+			if s := string(out.Data); err == nil && !slices.Contains(r.Args, s) {
+				return out, nil
+			}
+		}
+	case "replace": // puts a new file over Path, Len times
+		for i := 0; i < r.Len && err == nil; i++ {
+			if err = os.WriteFile(r.Path2, r.Data, 0o644); err == nil {
+				err = unix.Rename(r.Path2, r.Path)
+			}
+		}
 	case "run":
 		var b []byte
 		b, err = exec.Command(r.Path, r.Args...).CombinedOutput()

@@ -184,37 +184,23 @@ func TestOpenWhileReplaced(t *testing.T) {
 	for _, mode := range bothModes {
 		t.Run(mode.String(), func(t *testing.T) {
 			r := newRig(t, Options{Passthrough: mode}, func(lower string) { must(t, os.WriteFile(lower+"/f", []byte("lower"), 0o644)) })
-			writer, done := startActor(t, 0), make(chan struct{})
 			var wg sync.WaitGroup
+			writer := startActor(t, 0)
+			wg.Go(func() {
+				out := writer.do(request{Op: "replace", Path: r.path("f"), Path2: r.path("new"), Data: []byte("replaced"), Len: 600})
+				if out.Errno != 0 {
+					t.Errorf("replacing: %v", out.Errno)
+				}
+			})
 			for range 2 {
 				reader := startActor(t, 0)
 				wg.Go(func() {
-					for {
-						select {
-						case <-done:
-							return
-						default:
-						}
-						out := reader.do(request{Op: "open", Path: r.path("f")})
-						if out.Errno != 0 {
-							t.Errorf("open: %v", out.Errno)
-							return
-						}
-						got := reader.do(request{Op: "pread", FD: int(out.N), Len: 16})
-						if s := string(got.Data); s != "lower" && s != "replaced" {
-							t.Errorf("read %q (%v)", s, got.Errno)
-						}
-						reader.do(request{Op: "close", FD: int(out.N)})
+					out := reader.do(request{Op: "reopen", Path: r.path("f"), Args: []string{"lower", "replaced"}, Len: 600})
+					if s := string(out.Data); out.Errno != 0 || s != "lower" && s != "replaced" {
+						t.Errorf("read %q, %v", s, out.Errno)
 					}
 				})
 			}
-			for range 300 {
-				fd := writer.open(r.path("new"), unix.O_CREAT|unix.O_WRONLY)
-				writer.pwrite(fd, 0, "replaced")
-				writer.close(fd)
-				writer.must(request{Op: "rename", Path: r.path("new"), Path2: r.path("f")})
-			}
-			close(done)
 			wg.Wait()
 			eventually(t, "nothing that lost its name is kept", func() bool {
 				kept := 0
