@@ -171,8 +171,8 @@ func TestCrash(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := seed(t)
-			for round := range uint64(6) {
-				newCrasher(t, o, s+round).run(*opsFlag / 8)
+			for round := range uint64(3) {
+				newCrasher(t, o, s+round).run(*opsFlag / 4)
 				if t.Failed() {
 					return
 				}

@@ -41,6 +41,8 @@ type File struct {
 
 	shape     sync.RWMutex
 	format    Format // constant
+	ident     Ident  // of the lower file, as the header had it when the file was opened; constant
+	noIdent   bool   // the header was kernel overlayfs's, which records none; constant
 	bs, shift int64  // block size and its logarithm; constant
 	limit     int64  // lower limit, bytes
 	bound     int64  // bytes at or past it need makeRoom first
@@ -70,6 +72,7 @@ type lowerFile struct {
 // initSketch sets up f from a parsed header. stSize is the upper file's own size.
 func (f *File) initSketch(h Header, stSize int64) error {
 	f.hdr, f.format, f.bs = h, h.Format, int64(h.BlockSize)
+	f.ident, f.noIdent = h.Ident, h.Kernel
 	for f.shift = minBlockShift; 1<<f.shift < f.bs; f.shift++ {
 	}
 	size := h.LogicalSize(stSize)
@@ -236,8 +239,8 @@ func (f *File) lowerFor() (*lowerFile, error) {
 type FSer interface{ FS() uint64 }
 
 func (f *File) checkIdent(l *lowerFile) error {
-	id := f.hdr.Ident
-	if f.hdr.Kernel { // kernel overlayfs records no identity
+	id := f.ident
+	if f.noIdent {
 		if l.stat.Size < f.limit {
 			return fmt.Errorf("%w: size %d, the metacopy file has %d", ErrLowerChanged, l.stat.Size, f.limit)
 		}

@@ -141,17 +141,17 @@ func TestCompletionInPlace(t *testing.T) {
 func TestCompleteKeepsHoles(t *testing.T) {
 	for name, format := range map[string]Format{"sparse": Sparse, "bcow": BCoW, "single": BCoWSingle} {
 		t.Run(name, func(t *testing.T) {
-			r := sparseRig(t, Options{Format: format}, 64<<20)
-			r.write([]byte("middle"), 32<<20)
+			r := sparseRig(t, Options{Format: format}, 8<<20)
+			r.write([]byte("middle"), 4<<20)
 			if err := r.f.Complete(); err != nil {
 				t.Fatal(err)
 			}
 			if n := r.allocated(); n > 64<<10 {
 				t.Errorf("%d bytes allocated for two blocks of data", n)
 			}
-			want := make([]byte, 64<<20)
+			want := make([]byte, 8<<20)
 			copy(want, "head")
-			copy(want[32<<20:], "middle")
+			copy(want[4<<20:], "middle")
 			r.expect(want)
 			if err := os.Remove(r.low); err != nil { // no longer needed
 				t.Fatal(err)
@@ -193,7 +193,7 @@ func TestMoveTable(t *testing.T) {
 				t.Fatal(err)
 			}
 			before := r.f.hdr.TablePos
-			end := r.f.bound + 5_000_000
+			end := r.f.bound + 1_500_000
 			r.write([]byte("far away"), end)
 			if err := r.f.Sync(); err != nil {
 				t.Fatal(err)
