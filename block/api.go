@@ -68,7 +68,7 @@ type Fill uint8
 
 const (
 	FillNone Fill = iota // never
-	FillIdle             // settled files that hold nearly all their blocks, or are written often, are completed when idle
+	FillIdle             // settled files that lack at most one block in nine are completed
 )
 
 // Format of a sketch, as docs/format.md gives it.

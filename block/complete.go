@@ -65,6 +65,11 @@ func (f *File) bringPiece(off, end int64) (int64, error) {
 		return off, nil
 	}
 	end = min(roundUp(end, f.bs), f.limit)
+	return f.fillRange(off, end)
+}
+
+// fillRange is one step of bringing [off, end) up. The caller holds shape.
+func (f *File) fillRange(off, end int64) (next int64, err error) {
 	x, err := f.extent(off, end)
 	if err != nil {
 		return off, err

@@ -92,9 +92,9 @@ type Engine struct {
 	settle  chan struct{} // settler: waiting or closing changed
 	wg      sync.WaitGroup
 
-	inTransit                                           atomic.Int64
-	created, createdBytes, copied, copiedInto, complete atomic.Int64
-	errs                                                atomic.Int64
+	inTransit                               atomic.Int64
+	created, createdBytes, copied, complete atomic.Int64
+	errs                                    atomic.Int64
 }
 
 // NewEngine starts the workers of one mount. It panics on options that Validate refuses.

@@ -200,21 +200,6 @@ func (f *File) preallocatePhys(off, end, size int64) error {
 	return nil
 }
 
-// fillRange is one step of bringing [off, end) up with shape held already.
-func (f *File) fillRange(off, end int64) (next int64, err error) {
-	x, err := f.extent(off, end)
-	if err != nil {
-		return off, err
-	}
-	switch x.src {
-	case fromTransit:
-		return x.end, f.completeRange(off, x.end)
-	case fromLower:
-		return f.fill(off, x.end)
-	}
-	return x.end, nil
-}
-
 // zeroPhys makes [off, end) zeros in a bcow file. The caller holds shape, and has loaded the regions.
 func (f *File) zeroPhys(off, end, size int64) error {
 	zeros := getBuf(int(f.bs))

@@ -1,7 +1,6 @@
 package block
 
 import (
-	"errors"
 	"io"
 	"maps"
 	"math/rand/v2"
@@ -373,5 +372,3 @@ func (l *memLower) SeekData(off int64) (start, end int64, err error) {
 	}
 	return off, min(end, size), nil
 }
-
-var errInjected = errors.New("injected")

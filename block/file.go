@@ -171,7 +171,7 @@ func (f *File) mutable(n int64) *region {
 	return r
 }
 
-// damaged returns the error for block b, whose state is stateDamaged, and logs it once a place.
+// damaged returns the error for block b, for which a damaged piece of the table speaks, and logs it once a place.
 func (f *File) damaged(b int64) error {
 	per := f.blocksPerPage()
 	err := &damagedError{first: b / per * per, last: b/per*per + per - 1, why: "table page without a valid copy"}

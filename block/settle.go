@@ -10,7 +10,7 @@ type waiting struct {
 
 // Settle is called when the last descriptor of the file is closed. After Options.SettleDelay the engine completes the
 // InTransit blocks, puts the table on disk, and calls done once, from its own goroutine; done decides whether to Close
-// the File or to keep it, because it may have been opened again. If that fails (no space, lower file stateDamaged), the
+// the File or to keep it, because it may have been opened again. If that fails (no space, lower file unreadable), the
 // attempt is repeated after another delay, so that nothing written is lost; done is called when it has succeeded, or
 // when the Engine is closed. A second Settle before done was called replaces done.
 func (f *File) Settle(done func(*File)) {
@@ -119,7 +119,7 @@ func (e *Engine) settleRest() (first error) {
 	}
 }
 
-// fillRest: a file that lacks at most one block in fillRest is worth completing when nobody uses it.
+// fillRest: a file that holds fillRest times as many blocks as it lacks is worth completing when nobody uses it.
 const fillRest = 8
 
 // nearlyComplete says whether fill=idle should finish the file.
