@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -59,6 +60,7 @@ type checkedDir struct {
 	option string
 	path   string
 	id     dirID
+	above  []dirID // its ancestors, up to the root of its filesystem
 }
 
 func (d *checkedDir) String() string { return d.option + " " + d.path }
@@ -76,6 +78,10 @@ func statDir(option, path string) (checkedDir, error) {
 		return d, fmt.Errorf("%s %s: not a directory", option, path)
 	}
 	d.id = dirID{st.Dev, st.Ino}
+	d.above, err = ancestors(path, d.id)
+	if err != nil {
+		return d, fmt.Errorf("%s %s: looking for its parents: %w", option, path, err)
+	}
 	return d, nil
 }
 
@@ -138,43 +144,37 @@ func checkApart(a, b *checkedDir) error {
 		return fmt.Errorf("%s: is the same directory as %s: use another one", a, b)
 	}
 	for _, pair := range [][2]*checkedDir{{a, b}, {b, a}} {
-		inside, err := liesInside(pair[0], pair[1])
-		if err != nil {
-			return err
-		}
-		if inside {
+		if slices.Contains(pair[0].above, pair[1].id) {
 			return fmt.Errorf("%s: lies inside %s: use one outside", pair[0], pair[1])
 		}
 	}
 	return nil
 }
 
-// liesInside walks from d up to the root of its filesystem.
-func liesInside(d, top *checkedDir) (bool, error) {
-	fd, err := unix.Open(d.path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+// ancestors walks from a directory up to the root of its filesystem.
+func ancestors(path string, at dirID) ([]dirID, error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return false, fmt.Errorf("%s: %w", d, err)
+		return nil, err
 	}
 	defer func() { unix.Close(fd) }()
-	at := d.id
+	var above []dirID
 	for {
 		up, err := unix.Openat(fd, "..", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
-			return false, fmt.Errorf("%s: walking to its parents: %w", d, err)
+			return nil, err
 		}
 		unix.Close(fd)
 		fd = up
 		var st unix.Stat_t
 		if err := unix.Fstat(fd, &st); err != nil {
-			return false, fmt.Errorf("%s: walking to its parents: %w", d, err)
+			return nil, err
 		}
 		parent := dirID{st.Dev, st.Ino}
 		if parent == at || parent.dev != at.dev {
-			return false, nil
+			return above, nil
 		}
-		if parent == top.id {
-			return true, nil
-		}
+		above = append(above, parent)
 		at = parent
 	}
 }
@@ -256,8 +256,8 @@ func unescapeMountinfo(s string) string {
 	return b.String()
 }
 
-// lockDirs claims directories for this process, with flock(2) on the directories themselves, which leaves nothing
-// behind when the process ends however it ends. how is LOCK_EX or LOCK_SH.
+// lockDir claims a directory for this process, with flock(2) on the directory itself, which leaves nothing behind when
+// the process ends however it ends. how is LOCK_EX or LOCK_SH.
 func lockDir(fd int, what string, how int) error {
 	err := unix.Flock(fd, how|unix.LOCK_NB)
 	if err == unix.EWOULDBLOCK {

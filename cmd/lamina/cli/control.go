@@ -150,7 +150,8 @@ func (c *control) close() {
 // errGone: the socket's server is no more.
 var errGone = errors.New("the server is gone")
 
-// ask connects to one server. The pidfd becomes readable when the server has exited.
+// ask connects to one server. The pidfd becomes readable when the server has exited; it is -1 if there is none, and may
+// be valid with an error: the server lives, but does not answer.
 func ask(socket string) (st Status, pidfd int, err error) {
 	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket, Net: "unix"})
 	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOENT) {
@@ -165,11 +166,11 @@ func ask(socket string) (st Status, pidfd int, err error) {
 		return st, -1, err
 	}
 	if err = json.NewDecoder(conn).Decode(&st); err != nil {
-		unix.Close(pidfd)
 		if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) {
-			err = errGone // it was closing just then
+			unix.Close(pidfd)
+			return st, -1, errGone // it was closing just then
 		}
-		return st, -1, err
+		return st, pidfd, err
 	}
 	return st, pidfd, nil
 }
@@ -231,6 +232,9 @@ func mountsOn(mnt string) ([]Status, error) {
 		case errors.Is(err, errGone):
 			_ = os.Remove(path)
 		case err != nil:
+			if pidfd >= 0 {
+				unix.Close(pidfd)
+			}
 			failed = errors.Join(failed, fmt.Errorf("control socket %s: %w", path, err))
 		default:
 			unix.Close(pidfd)

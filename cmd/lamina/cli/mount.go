@@ -128,19 +128,21 @@ func mount(f *mountFlags, args []string) error {
 	if mnt, err = checkMountPoint(mnt); err != nil {
 		return withCode(exitFailure, err)
 	}
-	if err := checkDirs(o); err != nil {
-		return withCode(exitFailure, err)
+	if f.readyFD < 0 && !f.foreground && !f.fake {
+		return withCode(exitFailure, mountInBackground(f, args, mnt)) // the server checks the directories
 	}
-	switch {
-	case f.fake:
-		return nil
-	case f.readyFD >= 0:
+	if f.readyFD >= 0 {
 		return serveInBackground(o, mnt, f.readyFD)
-	case f.foreground:
-		return withCode(exitFailure, serve(o, mnt, newStderrLog(), func() error { return nil }))
 	}
-	if err := startServer(f, args, mnt); err != nil {
+	if err := checkDirs(o); err != nil || f.fake {
 		return withCode(exitFailure, err)
+	}
+	return withCode(exitFailure, serve(o, mnt, newStderrLog(), func() error { return nil }))
+}
+
+func mountInBackground(f *mountFlags, args []string, mnt string) error {
+	if err := startServer(f, args, mnt); err != nil {
+		return err
 	}
 	if f.verbose {
 		fmt.Printf("lamina: %s mounted; log %s, control sockets in %s\n", mnt, logPath(mnt), runtimeDir())
@@ -229,10 +231,12 @@ func serveInBackground(o *mountopt.Options, mnt string, readyFD int) error {
 	}
 	defer lg.close(mnt)
 	told := false
-	err = serve(o, mnt, lg, func() error {
-		told = true
-		return tell(readyOK)
-	})
+	if err = checkDirs(o); err == nil {
+		err = serve(o, mnt, lg, func() error {
+			told = true
+			return tell(readyOK)
+		})
+	}
 	if err == nil || told {
 		return silently(err, nil) // the log has it
 	}

@@ -115,6 +115,9 @@ func offlineLayers(upper string, options []string, lock int) (cfg union.Config, 
 		}
 	}
 	err = lockDir(cfg.Upper.RootFD(), "upper layer "+upper, lock)
+	if err == nil && cfg.Work != nil {
+		err = lockDir(cfg.Work.RootFD(), "workdir "+o.Work, lock)
+	}
 	var b *busyError
 	if errors.As(err, &b) {
 		busy, err = err, nil

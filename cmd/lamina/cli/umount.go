@@ -110,7 +110,7 @@ func topServer(mnt string) (int, error) {
 			_ = os.Remove(path)
 			continue
 		}
-		if err != nil {
+		if err != nil && pidfd < 0 {
 			return -1, fmt.Errorf("control socket %s: %w", path, err)
 		}
 		if best >= 0 && st.Started.Before(started) {
