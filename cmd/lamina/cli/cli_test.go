@@ -416,6 +416,21 @@ func TestVolatileLeftover(t *testing.T) {
 	l.fails([]string{"mount", "-o", rw, "mnt"}, "volatile", "empty upperdir")
 }
 
+// Sketches of one namespace would pass for ordinary files in the other.
+func TestNamespaceMismatch(t *testing.T) {
+	for first, second := range map[string]string{"": ",userxattr", ",userxattr": ""} {
+		l := newLayers(t)
+		l.ok("mount", "-o", rw+first, "mnt")
+		l.ok("umount", "mnt")
+		l.fails([]string{"mount", "-o", rw + second, "mnt"}, "workdir", "userxattr", "trusted.overlay", "user.overlay")
+		if l.mounted() {
+			t.Error("mounted")
+		}
+		l.ok("mount", "-o", rw+first, "mnt")
+		l.ok("umount", "mnt")
+	}
+}
+
 func Test500Lowers(t *testing.T) {
 	l := newLayers(t)
 	var dirs []string

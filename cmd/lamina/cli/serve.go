@@ -84,9 +84,15 @@ func (in *instance) start() (err error) {
 	if in.control, err = listen(in.mnt); err != nil {
 		return err
 	}
+	if err := checkNamespace(cfg.Work, cfg.NS); err != nil {
+		return err
+	}
 	in.engine = block.NewEngine(engineOpts)
 	cfg.Engine = in.engine
 	if in.fs, err = union.New(cfg); err != nil {
+		return err
+	}
+	if err := markNamespace(cfg.Work, cfg.NS); err != nil {
 		return err
 	}
 	if in.server, err = fusefs.Mount(in.fs, in.mnt, in.fuseOptions()); err != nil {
@@ -197,6 +203,41 @@ func unionConfig(o *mountopt.Options, logf func(string, ...any)) union.Config {
 
 var copyUps = map[mountopt.CopyUp]union.CopyUp{
 	mountopt.CopyUpAuto: union.CopyUpAuto, mountopt.CopyUpBlock: union.CopyUpBlock, mountopt.CopyUpClone: union.CopyUpClone, mountopt.CopyUpFull: union.CopyUpFull,
+}
+
+// namespaceMark names an empty directory that the workdir keeps, beside package union's, for each namespace in which
+// its upper layer has been written.
+func namespaceMark(ns layer.Namespace) string { return "lamina/" + ns.Prefix() + "ns" }
+
+// checkNamespace refuses an upper layer whose attributes are in the other namespace: its sketches would pass for
+// ordinary files with holes.
+func checkNamespace(work *layer.Dir, ns layer.Namespace) error {
+	if work == nil {
+		return nil
+	}
+	other := layer.Trusted
+	if ns == layer.Trusted {
+		other = layer.User
+	}
+	_, err := work.Stat(namespaceMark(other))
+	if err == nil {
+		return fmt.Errorf("workdir %s: its upper layer keeps its attributes in %s*, and this mount looks for %s*: mount it with the same privileges, and with or without userxattr as before",
+			work.Name(), other.Prefix(), ns.Prefix())
+	}
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	return fmt.Errorf("workdir: %w", err)
+}
+
+func markNamespace(work *layer.Dir, ns layer.Namespace) error {
+	if work == nil {
+		return nil
+	}
+	if err := work.Mkdir(namespaceMark(ns), 0o700); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("workdir: %w", err)
+	}
+	return nil
 }
 
 // namespace is user.overlay.* where trusted.* attributes are out of reach, or asked for.
