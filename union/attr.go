@@ -27,14 +27,7 @@ func (fs *FS) attr(n *Node) (Attr, error) {
 }
 
 func (fs *FS) rawAttr(n *Node) (Attr, error) {
-	if c := n.cur.Load(); c != nil && c.file != nil {
-		st, err := c.file.Stat()
-		if err == nil && fs.upper.Override() != layer.OverrideNone {
-			st, err = fs.overridden(c.file, st)
-		}
-		if err == nil {
-			st.Nlink = fs.nlink(n, &st)
-		}
+	if st, open, err := fs.openAttr(n); open {
 		return st, err
 	}
 	if n.dead {
@@ -76,6 +69,25 @@ func (fs *FS) rawAttr(n *Node) (Attr, error) {
 	return st, nil
 }
 
+// openAttr is stat of a node whose upper file is open; false if it is not. It holds the lock that closing takes: the
+// descriptor's number may be another file's the moment it is closed.
+func (fs *FS) openAttr(n *Node) (st Attr, open bool, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	c := n.cur.Load()
+	if c == nil || c.file == nil {
+		return st, false, nil
+	}
+	st, err = c.file.Stat()
+	if err == nil && fs.upper.Override() != layer.OverrideNone {
+		st, err = fs.overridden(c.file, st)
+	}
+	if err == nil {
+		st.Nlink = fs.nlink(n, &st)
+	}
+	return st, true, err
+}
+
 // overridden asks the layer for owner and mode where they are not the inode's.
 func (fs *FS) overridden(f *block.File, st Attr) (Attr, error) {
 	fd, _ := f.Plain()
@@ -110,10 +122,15 @@ func (fs *FS) SetAttr(n *Node, s SetAttr) (Attr, error) {
 	if err := fs.copyUp(n, s.Size != nil && *s.Size == 0); err != nil {
 		return Attr{}, err
 	}
-	if s.Size != nil {
-		if err := fs.resize(n, *s.Size, s.KillPriv); err != nil {
-			return Attr{}, err
-		}
+	var err error
+	switch {
+	case s.Size != nil:
+		err = fs.resize(n, *s.Size, s.KillPriv)
+	case s.KillPriv:
+		err = fs.dropPriv(n, true)
+	}
+	if err != nil {
+		return Attr{}, err
 	}
 	fs.tree.RLock()
 	defer fs.tree.RUnlock()
@@ -141,29 +158,27 @@ func (fs *FS) resize(n *Node, size int64, killPriv bool) error {
 // setMeta changes owner, mode and times of an upper object. A change of owner drops set-id bits, so it comes first. The
 // caller holds tree.
 func (fs *FS) setMeta(n *Node, s *SetAttr) error {
-	u, err := fs.object(n)
-	if err != nil {
-		return err
-	}
-	if s.UID != nil || s.GID != nil {
-		if err := u.chown(orKeep(s.UID), orKeep(s.GID)); err != nil {
-			return err
+	return fs.withObject(n, func(o object) error {
+		if s.UID != nil || s.GID != nil {
+			if err := o.chown(orKeep(s.UID), orKeep(s.GID)); err != nil {
+				return err
+			}
 		}
-	}
-	if s.Mode != nil {
-		n.privClean.Store(false)
-		if err := u.chmod(*s.Mode & 0o7777); err != nil {
-			return err
+		if s.Mode != nil {
+			n.privClean.Store(false)
+			if err := o.chmod(*s.Mode & 0o7777); err != nil {
+				return err
+			}
 		}
-	}
-	if s.Atime != nil || s.Mtime != nil {
+		if s.Atime == nil && s.Mtime == nil {
+			return nil
+		}
 		at, mt := orOmit(s.Atime), orOmit(s.Mtime)
 		if c := n.cur.Load(); c != nil && c.file != nil {
 			return c.file.SetTimes(at, mt) // so that no copy in the background puts older ones back
 		}
-		return u.utimes(at, mt)
-	}
-	return nil
+		return o.utimes(at, mt)
+	})
 }
 
 func orKeep(id *uint32) int {
@@ -190,32 +205,30 @@ func (fs *FS) dropPriv(n *Node, kill bool) error {
 	if !n.upper {
 		return nil
 	}
-	u, err := fs.object(n)
-	if err != nil {
-		return err
-	}
-	if err := u.removexattr("security.capability"); err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.EOPNOTSUPP) {
-		return err
-	}
-	st, err := u.stat()
-	if err != nil {
-		return err
-	}
-	mode := st.Mode & 0o7777
-	drop := uint32(0)
-	if kill {
-		drop = mode & unix.S_ISUID
-		if mode&unix.S_IXGRP != 0 {
-			drop |= mode & unix.S_ISGID
-		}
-	}
-	if drop != 0 {
-		if err := u.chmod(mode &^ drop); err != nil {
+	return fs.withObject(n, func(o object) error {
+		if err := o.removexattr("security.capability"); err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.EOPNOTSUPP) {
 			return err
 		}
-	}
-	n.privClean.Store(mode&^drop&(unix.S_ISUID|unix.S_ISGID) == 0)
-	return nil
+		st, err := o.stat()
+		if err != nil {
+			return err
+		}
+		mode := st.Mode & 0o7777
+		drop := uint32(0)
+		if kill {
+			drop = mode & unix.S_ISUID
+			if mode&unix.S_IXGRP != 0 {
+				drop |= mode & unix.S_ISGID
+			}
+		}
+		if drop != 0 {
+			if err := o.chmod(mode &^ drop); err != nil {
+				return err
+			}
+		}
+		n.privClean.Store(mode&^drop&(unix.S_ISUID|unix.S_ISGID) == 0)
+		return nil
+	})
 }
 
 // object reaches a node's upper object: by its path, or by its descriptor when it has no name left.
@@ -225,22 +238,26 @@ type object struct {
 	fd   int
 }
 
-// object finds the node's upper object. The caller holds tree.
-func (fs *FS) object(n *Node) (object, error) {
-	if n.dead || !n.upper {
-		c := n.cur.Load()
-		if c == nil || c.file == nil {
-			return object{}, unix.ESTALE
+// withObject calls do with the node's upper object. It holds the lock that closing takes, because the descriptor of a
+// nameless file may be another file's the moment it is closed. The caller holds tree.
+func (fs *FS) withObject(n *Node, do func(object) error) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.upper && !n.dead {
+		d, path, err := fs.upperAt(n)
+		if !errors.Is(err, unix.ESTALE) { // ESTALE: it has names, but this mount has not looked them up
+			if err == nil {
+				err = do(object{d: d, path: path, fd: -1})
+			}
+			return err
 		}
-		fd, _ := c.file.Plain()
-		return object{d: fs.upper, fd: fd}, nil
 	}
-	d, path, err := fs.upperAt(n)
-	if c := n.cur.Load(); errors.Is(err, unix.ESTALE) && c != nil && c.file != nil {
-		fd, _ := c.file.Plain() // its names are there, but this mount has not looked them up
-		return object{d: fs.upper, fd: fd}, nil
+	c := n.cur.Load()
+	if c == nil || c.file == nil {
+		return unix.ESTALE
 	}
-	return object{d: d, path: path, fd: -1}, err
+	fd, _ := c.file.Plain()
+	return do(object{d: fs.upper, fd: fd})
 }
 
 func (o object) chown(uid, gid int) error {

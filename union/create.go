@@ -335,14 +335,12 @@ func (fs *FS) Link(n, dir *Node, name string) (*Node, error) {
 }
 
 func (fs *FS) linkTo(n *Node, to *layer.Dir, path string) error {
-	o, err := fs.object(n)
-	if err != nil {
-		return err
-	}
-	if o.fd >= 0 {
-		return to.LinkFD(o.fd, path)
-	}
-	return layer.LinkBetween(o.d, o.path, to, path)
+	return fs.withObject(n, func(o object) error {
+		if o.fd >= 0 {
+			return to.LinkFD(o.fd, path)
+		}
+		return layer.LinkBetween(o.d, o.path, to, path)
+	})
 }
 
 func (n *Node) isSketch() bool {
@@ -364,13 +362,9 @@ func (fs *FS) setRedirect(n *Node) error {
 	if len(value) >= unix.PathMax {
 		return unix.EXDEV // overlay.redirect holds a path; beyond PATH_MAX mv(1) copies
 	}
-	o, err := fs.object(n)
-	if err != nil {
-		return err
-	}
-	if err := o.setxattr(fs.prefix+layer.XattrRedirect, []byte(value), 0); err != nil {
-		return err
-	}
-	n.redir = true
-	return nil
+	err := fs.withObject(n, func(o object) error {
+		return o.setxattr(fs.prefix+layer.XattrRedirect, []byte(value), 0)
+	})
+	n.redir = err == nil
+	return err
 }

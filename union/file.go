@@ -16,6 +16,7 @@ type content struct {
 	file  *block.File // upper
 	lower block.Lower // lower only
 	old   block.Lower // the lower of before copy-up, kept until the last descriptor goes
+	left  *block.File // the sketch that Detach took away from these descriptors, still without blocks; likewise
 }
 
 func (c *content) close() {
@@ -24,6 +25,9 @@ func (c *content) close() {
 	}
 	if c.old != nil {
 		c.old.Close()
+	}
+	if c.left != nil {
+		c.left.Abandon()
 	}
 }
 
@@ -384,8 +388,6 @@ func (h *Handle) Backing() (fd int, kind BackingKind) {
 func (fs *FS) Detach(n *Node) error {
 	fs.tree.Lock()
 	defer fs.tree.Unlock()
-	n.mu.Lock()
-	defer n.mu.Unlock()
 	if n.dead {
 		return nil
 	}
@@ -393,6 +395,8 @@ func (fs *FS) Detach(n *Node) error {
 	if err != nil {
 		return err
 	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	c := n.cur.Load()
 	if c != nil && c.file != nil {
 		// Copied up for its metadata only: the sketch goes with the names, the readers stay below.
@@ -400,14 +404,8 @@ func (fs *FS) Detach(n *Node) error {
 		if err != nil {
 			return err
 		}
-		fresh := &content{lower: low, old: c.old}
-		n.cur.Store(fresh)
-		c.old = nil
-		n.size = c.file.Size()
-		if err := c.file.Close(); err != nil {
-			return err
-		}
-		defer c.close()
+		n.remember(c.file)
+		n.cur.Store(&content{lower: low, old: c.old, left: c.file})
 	}
 	fs.tab.Lock()
 	defer fs.tab.Unlock()

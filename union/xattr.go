@@ -1,6 +1,7 @@
 package union
 
 import (
+	"errors"
 	"slices"
 	"strings"
 
@@ -51,16 +52,16 @@ func (fs *FS) Getxattr(n *Node, name string) ([]byte, error) {
 }
 
 func (fs *FS) getxattrFD(n *Node, name string) ([]byte, error) {
-	o, err := fs.object(n)
-	if err != nil {
-		return nil, unix.ENODATA
-	}
 	buf := make([]byte, 64<<10)
-	size, err := unix.Fgetxattr(o.fd, name, buf)
-	if err != nil {
-		return nil, err
+	size := 0
+	err := fs.withObject(n, func(o object) (err error) {
+		size, err = unix.Fgetxattr(o.fd, name, buf)
+		return err
+	})
+	if errors.Is(err, unix.ESTALE) {
+		err = unix.ENODATA
 	}
-	return buf[:size], nil
+	return buf[:size], err
 }
 
 // Listxattr names the attributes, overlay's own left out.
@@ -118,13 +119,9 @@ func (fs *FS) changeXattr(n *Node, change func(object) error) error {
 	}
 	fs.tree.RLock()
 	defer fs.tree.RUnlock()
-	o, err := fs.object(n)
-	if err != nil {
-		return err
-	}
 	n.privClean.Store(false)
 	n.defACL.Store(aclUnknown)
-	return change(o)
+	return fs.withObject(n, change)
 }
 
 // What is known of a directory's default ACL, which decides whether new objects get the umask or the ACL.
