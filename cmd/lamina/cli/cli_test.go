@@ -507,6 +507,37 @@ func TestXattrPermissions(t *testing.T) {
 	l.ok("umount", "mnt")
 }
 
+// A message that comes without end is counted, not repeated; a log that is full is put aside.
+func TestLogBounds(t *testing.T) {
+	path := t.TempDir() + "/log"
+	f, err := os.Create(path)
+	must(t, err)
+	lg := &logger{out: f}
+	for i := range 10_000 {
+		lg.printf("the same\nagain")
+		if i%1000 == 0 {
+			lg.printf("different: %d", i)
+		}
+	}
+	for i := range 2 * maxTracked {
+		lg.printf("never the same: %d", i)
+	}
+	lg.close("/nowhere")
+	must(t, f.Close())
+	b, err := os.ReadFile(path)
+	must(t, err)
+	text := string(b)
+	if n := strings.Count(text, `the same\nagain`); n != maxRepeats+1 || !strings.Contains(text, "(9995 times more)") {
+		t.Errorf("%d times: %s", n, text[:min(len(text), 2000)])
+	}
+	if n := strings.Count(text, "different:"); n != 10 {
+		t.Errorf("%d other messages", n)
+	}
+	if n := strings.Count(text, "\n"); n > maxTracked+3*maxRepeats || !strings.Contains(text, "messages of other kinds (") {
+		t.Errorf("%d lines", n)
+	}
+}
+
 func TestLogName(t *testing.T) {
 	long := "/" + strings.Repeat("d/", 2000)
 	for _, mnt := range []string{"/", "/a/b c", long} {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -16,12 +17,23 @@ import (
 // maxLog bounds a log file, in bytes; the one before it is kept beside it.
 const maxLog = 1 << 20
 
+// A hostile layer can make the server say the same thing as fast as somebody asks. So a message is written maxRepeats
+// times within a window; what came beyond that is counted, and the count written when the window ends.
+const (
+	maxRepeats = 5
+	logWindow  = time.Minute
+	maxTracked = 1000 // different messages in a window; more are not counted apart
+)
+
 // logger writes lines that say when, who and what.
 type logger struct {
-	mu   sync.Mutex
-	out  *os.File
-	path string // empty: standard error
-	size int64
+	mu      sync.Mutex
+	out     *os.File
+	path    string // empty: standard error
+	size    int64
+	since   time.Time // begin of the window
+	repeats map[string]int
+	all     bool // write everything: somebody asked for every request
 }
 
 func newStderrLog() *logger { return &logger{out: os.Stderr} }
@@ -57,12 +69,46 @@ func (lg *logger) open() error {
 
 func (lg *logger) printf(format string, args ...any) {
 	msg := strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", `\n`)
-	line := fmt.Sprintf("%s lamina[%d]: %s\n", time.Now().UTC().Format("2006-01-02T15:04:05.000Z"), os.Getpid(), msg)
 	lg.mu.Lock()
 	defer lg.mu.Unlock()
+	now := time.Now()
+	if now.Sub(lg.since) > logWindow {
+		lg.endWindow(now)
+	}
+	if lg.all || !lg.suppressed(msg) {
+		lg.write(now, msg)
+	}
+}
+
+// suppressed counts a message and tells whether it has been written often enough.
+func (lg *logger) suppressed(msg string) bool {
+	if _, known := lg.repeats[msg]; !known && len(lg.repeats) >= maxTracked {
+		msg = "messages of other kinds"
+	}
+	lg.repeats[msg]++
+	return lg.repeats[msg] > maxRepeats
+}
+
+// endWindow writes what was held back and begins to count anew.
+func (lg *logger) endWindow(now time.Time) {
+	held := make([]string, 0, len(lg.repeats))
+	for msg, n := range lg.repeats {
+		if n > maxRepeats {
+			held = append(held, fmt.Sprintf("%s (%d times more)", msg, n-maxRepeats))
+		}
+	}
+	slices.Sort(held)
+	for _, msg := range held {
+		lg.write(now, msg)
+	}
+	lg.since, lg.repeats = now, make(map[string]int)
+}
+
+func (lg *logger) write(now time.Time, msg string) {
 	if lg.path != "" && lg.size > maxLog {
 		lg.rotate()
 	}
+	line := fmt.Sprintf("%s lamina[%d]: %s\n", now.UTC().Format("2006-01-02T15:04:05.000Z"), os.Getpid(), msg)
 	n, _ := lg.out.WriteString(line) // nowhere is left to say that the log is full
 	lg.size += int64(n)
 }
@@ -82,6 +128,7 @@ func (lg *logger) rotate() {
 func (lg *logger) close(mnt string) {
 	lg.mu.Lock()
 	defer lg.mu.Unlock()
+	lg.endWindow(time.Now())
 	if lg.path == "" {
 		return
 	}

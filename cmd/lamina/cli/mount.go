@@ -137,7 +137,9 @@ func mount(f *mountFlags, args []string) error {
 	if err := checkDirs(o); err != nil || f.fake {
 		return withCode(exitFailure, err)
 	}
-	return withCode(exitFailure, serve(o, mnt, newStderrLog(), func() error { return nil }))
+	lg := newStderrLog()
+	defer lg.close(mnt)
+	return withCode(exitFailure, serve(o, mnt, lg, func() error { return nil }))
 }
 
 func mountInBackground(f *mountFlags, args []string, mnt string) error {

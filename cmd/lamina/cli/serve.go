@@ -40,6 +40,7 @@ type instance struct {
 func serve(o *mountopt.Options, mnt string, lg *logger, ready func() error) error {
 	unix.Umask(0) // modes arrive from the kernel with the caller's umask already applied
 	raiseDescriptorLimit()
+	lg.all = o.Debug
 	in := &instance{o: o, mnt: mnt, log: lg, started: time.Now()}
 	if err := in.start(); err != nil {
 		return errors.Join(err, in.abandon())
