@@ -206,7 +206,11 @@ func (fs *FS) dropPriv(n *Node, kill bool) error {
 		return nil
 	}
 	return fs.withObject(n, func(o object) error {
-		if err := o.removexattr("security.capability"); err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.EOPNOTSUPP) {
+		err := o.removexattr("security.capability")
+		if errors.Is(err, unix.EPERM) && fs.cfg.NS == layer.User {
+			err = nil // who may not remove it could not have brought it into the upper layer either
+		}
+		if err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.EOPNOTSUPP) {
 			return err
 		}
 		st, err := o.stat()

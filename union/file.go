@@ -227,9 +227,13 @@ func (n *Node) settled(f *block.File) {
 	}
 	n.remember(f)
 	if err := f.Close(); err != nil {
-		n.fs.cfg.Logf("closing inode %d of the union, tried again later: %v", n.ino, err)
-		go f.Settle(n.settled)
-		return
+		if !n.fs.closing.Load() {
+			n.fs.cfg.Logf("closing inode %d of the union, tried again later: %v", n.ino, err)
+			go f.Settle(n.settled)
+			return
+		}
+		n.fs.cfg.Logf("inode %d of the union could not be settled; blocks written since its last fsync show the lower file again: %v", n.ino, err)
+		f.Abandon()
 	}
 	n.closeContent(c)
 }

@@ -38,6 +38,7 @@ type FS struct {
 	root *Node
 
 	tmpSeq    atomic.Uint64
+	closing   atomic.Bool
 	noTmpfile bool // the upper's filesystem knows no O_TMPFILE
 }
 
@@ -155,6 +156,7 @@ func (fs *FS) prepareWork() error {
 
 // Close settles every file and closes the layers. It returns the first error that concerns data.
 func (fs *FS) Close() error {
+	fs.closing.Store(true)
 	err := fs.cfg.Engine.Close()
 	if fs.upper != nil && err == nil && fs.cfg.Volatile {
 		if err = unix.Syncfs(fs.upper.RootFD()); err == nil {
