@@ -41,6 +41,7 @@ type Config struct {
 	Binary      string   // Lamina's; empty: bin/lamina of this repository, or $LAMINA
 	Prefix      []string // Lamina only: a command that runs it, such as setpriv with its arguments
 	Cwd         string   // Lamina only: where to run it
+	Hasty       bool     // with Foreground: do not wait for the server to be ready, only for the mount to be there
 	Foreground  bool     // Lamina only: keep the server as this process's child, so that its pid is known (Mount.Server)
 }
 
@@ -167,7 +168,7 @@ func (m *Mount) upLamina(ctx context.Context) error {
 	cmd.Dir = m.Cwd
 	cmd.Env = append(os.Environ(), m.mark)
 	if m.Foreground {
-		return m.upForeground(cmd)
+		return m.upForeground(ctx, cmd)
 	}
 	cmd.Stderr = &m.stderr
 	cmd.WaitDelay = 10 * time.Second // the server must let go of its caller's streams
@@ -180,7 +181,7 @@ func (m *Mount) upLamina(ctx context.Context) error {
 	return nil
 }
 
-func (m *Mount) upForeground(cmd *exec.Cmd) error {
+func (m *Mount) upForeground(ctx context.Context, cmd *exec.Cmd) error {
 	m.stderr.Reset()
 	cmd.Stderr = &m.stderr
 	// In a process group of its own a Ctrl-C reaches us alone, and we unmount in order.
@@ -192,18 +193,30 @@ func (m *Mount) upForeground(cmd *exec.Cmd) error {
 	exited := m.exited
 	go func() { _ = cmd.Wait(); close(exited) }()
 	for {
-		if ok, err := Mounted(m.Dir); err != nil {
+		if up, err := m.isUp(ctx); err != nil {
 			return err
-		} else if ok {
+		} else if up {
 			return nil
 		}
 		select {
 		case <-exited:
 			m.server = nil
 			return &ExitError{Args: cmd.Args, Err: errors.New("exited before it mounted"), Stderr: m.stderr.String()}
-		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(2 * time.Millisecond):
 		}
 	}
+}
+
+// isUp says whether the foreground server is mounted and, unless only that matters, answers.
+func (m *Mount) isUp(ctx context.Context) (bool, error) {
+	up, err := Mounted(m.Dir)
+	if err != nil || !up || m.Hasty {
+		return up, err
+	}
+	_, err = Run(ctx, m.Binary, "status", m.Dir)
+	return err == nil, nil
 }
 
 // Server is the pid of the process that serves the mount: 0 for kernel overlayfs.
@@ -267,17 +280,27 @@ func running(pid int) bool {
 	return err == nil
 }
 
-// Kill ends the foreground server with SIGKILL and detaches the dead mount.
+// Kill ends the foreground server with SIGKILL and detaches the dead mount. The error tells of a server that cannot die:
+// one that waits for an answer of its own.
 func (m *Mount) Kill() error {
 	if m.server == nil {
 		return errors.New("rival: Kill needs Foreground")
 	}
+	pid := m.server.Process.Pid
 	if err := m.server.Process.Kill(); err != nil {
 		return err
 	}
+	var hung error
+	select {
+	case <-m.exited:
+	case <-time.After(20 * time.Second):
+		hung = fmt.Errorf("server %d does not die of SIGKILL: it waits for its own mount %s", pid, m.Dir)
+	}
+	// A forced unmount aborts the connection, and so ends every wait for it.
+	err := unix.Unmount(m.Dir, unix.MNT_FORCE|unix.MNT_DETACH)
 	<-m.exited
 	m.server = nil
-	return unix.Unmount(m.Dir, unix.MNT_DETACH)
+	return errors.Join(hung, err)
 }
 
 // Discard gets rid of the mount however it can, for cleaning up after a failure.
@@ -286,7 +309,7 @@ func (m *Mount) Discard() {
 		return
 	}
 	pid, _ := m.Server()
-	_ = unix.Unmount(m.Dir, unix.MNT_DETACH)
+	_ = unix.Unmount(m.Dir, unix.MNT_FORCE|unix.MNT_DETACH)
 	if m.server != nil {
 		_ = m.server.Process.Kill()
 		<-m.exited

@@ -67,6 +67,19 @@ func TestKilledServer(t *testing.T) {
 	}
 }
 
+// A server killed while it is starting must be able to die: one that opens something of its own mount waits for an
+// answer that only it could give, for ever.
+func TestServerKilledWhileStarting(t *testing.T) {
+	lower, _ := lowerLayer(t)
+	for i := range 25 {
+		m := mnt.Start(t, rival.Config{System: rival.Lamina, Lowers: []string{lower}, Foreground: true, Hasty: true})
+		time.Sleep(time.Duration(i*100) * time.Microsecond)
+		if err := m.Kill(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func lowerLayer(t *testing.T) (string, []byte) {
 	t.Helper()
 	dir := mnt.Dirs(t, "lower")[0]
@@ -88,7 +101,7 @@ func kill(t *testing.T, r *rand.Rand, lower string, contents []byte, options []s
 		all[i] = newWriter(m.Path(fmt.Sprintf("file%d", i)), r.Uint64(), contents)
 		wg.Go(func() { all[i].run(&dying) })
 	}
-	time.Sleep(time.Duration(20+r.IntN(250)) * time.Millisecond)
+	time.Sleep(time.Duration(50+r.IntN(450)) * time.Millisecond)
 	dying.Store(true)
 	if err := m.Kill(); err != nil {
 		t.Fatal(err)
