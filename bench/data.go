@@ -16,6 +16,7 @@ const (
 	gib = 1 << 30
 
 	smallFiles = 40     // 1 KiB each
+	firstFiles = 8      // 1 KiB each: written before a mount's first measurement
 	largeFiles = 20     // 4 MiB each
 	treeFiles  = 16_000 // 1 to 3 KiB each, in treeDirs directories
 	treeDirs   = 400
@@ -35,6 +36,11 @@ func generate(ctx context.Context, dir string) error {
 	}
 	for i := range smallFiles {
 		if err := os.WriteFile(filepath.Join(dir, smallFile(i)), noise[:kib], 0o644); err != nil {
+			return err
+		}
+	}
+	for i := range firstFiles {
+		if err := os.WriteFile(filepath.Join(dir, firstFile(i)), noise[:kib], 0o644); err != nil {
 			return err
 		}
 	}
@@ -72,6 +78,7 @@ func generate(ctx context.Context, dir string) error {
 }
 
 func smallFile(i int) string { return fmt.Sprintf("small/%02d", i) }
+func firstFile(i int) string { return fmt.Sprintf("small/first%d", i) }
 func largeFile(i int) string { return fmt.Sprintf("large/%02d", i) }
 
 // warm brings a file into the page cache.
