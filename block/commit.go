@@ -52,6 +52,9 @@ func (f *File) commitLocked() (synced bool, err error) {
 	if !whole && !dirty && (f.hdr.Size == naturalSize || f.hdr.Size == size) {
 		return false, copyErr
 	}
+	if err := f.coverLeaves(); err != nil {
+		return false, errors.Join(copyErr, err)
+	}
 	if err := f.syncStore(); err != nil {
 		return false, errors.Join(copyErr, err)
 	}

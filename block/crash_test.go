@@ -2,9 +2,12 @@ package block
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // history is what a file's content may be after a power cut: the synced version and all later ones.
@@ -368,4 +371,54 @@ func (c *crasher) lookAt(m *image) {
 	if i := firstDifference(again, want); i >= 0 {
 		fail("after the second sync byte %d (block %d) differs; size %d, want %d", i, i/pageSize, len(again), len(want))
 	}
+}
+
+// TestLeafLostBeforeItsPage: the page that leads to a new leaf reaches the disk and the leaf does not. Its blocks are
+// Lower then, and its place is given to nobody else.
+func TestLeafLostBeforeItsPage(t *testing.T) {
+	low := &memLower{data: testContent(64 << 10), mtime: 5}
+	store := newCrashStore(nil)
+	e := newEngine(t, Options{Format: BCoW, CaW: CaWLazy, Logf: func(string, ...any) {}})
+	f := store.sketch(t, e, low)
+	if _, err := f.WriteAt(make([]byte, 4096), 0); err != nil {
+		t.Fatal(err)
+	}
+	syncs := 0
+	store.fail = func(op string, n int) (int, error) {
+		if op == "sync" {
+			if syncs++; syncs == 2 {
+				return 0, unix.EIO
+			}
+		}
+		return n, nil
+	}
+	if err := f.Sync(); !errors.Is(err, unix.EIO) {
+		t.Fatalf("sync: %v, want the power cut", err)
+	}
+	m := store.synced.clone()
+	for _, c := range store.log {
+		if c.meta != nil {
+			c.meta(m)
+		} else if c.off < slotsSize {
+			m.write(c.sector, c.off)
+		}
+	}
+	if err := f.Abandon(); err != nil {
+		t.Error(err)
+	}
+	checkClean(t, newCrashStore(m), low.open)
+	store = newCrashStore(m)
+	f, err := e.Open(store, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expectContent(t, f, low.data)
+	want := testContent(40 << 10)
+	if _, err := f.WriteAt(want, 8192); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, newCrashStore(store.live), low.open)
 }

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"sync"
+	"testing"
 
 	"golang.org/x/sys/unix"
 )
@@ -107,6 +108,19 @@ func newCrashStore(m *image) *crashStore {
 		m = &image{pages: make(map[int64][]byte)}
 	}
 	return &crashStore{live: m.clone(), synced: m.clone()}
+}
+
+// sketch makes a sketch of low in s, and opens it.
+func (s *crashStore) sketch(t testing.TB, e *Engine, low *memLower) *File {
+	t.Helper()
+	if err := e.Create(s, low.ident()); err != nil {
+		t.Fatal(err)
+	}
+	f, err := e.Open(s, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
 }
 
 // crash returns what one power cut could leave: the metadata operations up to a random one, and random sectors.

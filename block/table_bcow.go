@@ -35,6 +35,7 @@ type appender struct {
 	next     atomic.Int64 // block number; changed under mu
 	leafAt   uint32       // next free leaf of the current leaf block; under mu
 	leafLeft int
+	leafNew  bool            // a leaf block was taken that the upper file's length may not cover yet; under mu
 	leaves   map[int64]*leaf // by index; under tab.mu
 }
 
@@ -78,7 +79,7 @@ func (a *appender) takeLeaf() (uint32, error) {
 		if at >= 1<<32/leavesInPage {
 			return 0, fmt.Errorf("bcow file holds 1 TiB, the most that its leaves can lie in: use format=sparse: %w", unix.EFBIG)
 		}
-		a.leafAt, a.leafLeft = uint32(at*leavesInPage), leavesInPage
+		a.leafAt, a.leafLeft, a.leafNew = uint32(at*leavesInPage), leavesInPage, true
 	}
 	a.leafAt++
 	a.leafLeft--
@@ -263,6 +264,23 @@ func (f *File) stagePhys(n int64, r *region) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// coverLeaves makes the upper file reach over the leaf blocks that were taken, before the sync that comes before the
+// table is written. Otherwise a power cut could leave an entry that leads behind the end of the file, to a block number
+// that is then given to somebody else.
+func (f *File) coverLeaves() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.bcow.leafNew {
+		return nil
+	}
+	// All bytes ever written lie below next, and whoever writes behind it holds mu: this cuts nothing off.
+	if err := f.quietly(func() error { return f.s.Truncate(f.bcow.next.Load() << f.shift) }); err != nil {
+		return err
+	}
+	f.bcow.leafNew = false
 	return nil
 }
 
