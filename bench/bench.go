@@ -153,16 +153,21 @@ func (r *run) contenders(all ...contender) []contender {
 }
 
 // on runs f over a fresh mount of the layer. The upper layer is removed afterwards, unmeasured.
-func (r *run) on(c contender, f func(m *rival.Mount) error) (err error) {
+func (r *run) on(c contender, f func(m *rival.Mount) error) error {
+	base, err := r.keep(c, f)
+	return errors.Join(err, os.RemoveAll(base))
+}
+
+// keep is on without the removal, which is left to the caller.
+func (r *run) keep(c contender, f func(m *rival.Mount) error) (base string, err error) {
 	if err := r.ctx.Err(); err != nil {
-		return err
+		return "", err
 	}
 	r.serial++
-	base := filepath.Join(r.Dir, fmt.Sprintf("run%d", r.serial))
-	defer func() { err = errors.Join(err, os.RemoveAll(base)) }()
+	base = filepath.Join(r.Dir, fmt.Sprintf("run%d", r.serial))
 	for _, d := range []string{"upper", "work", "merged"} {
 		if err := os.MkdirAll(filepath.Join(base, d), 0o755); err != nil {
-			return err
+			return base, err
 		}
 	}
 	m, err := rival.Up(r.ctx, rival.Config{
@@ -170,16 +175,16 @@ func (r *run) on(c contender, f func(m *rival.Mount) error) (err error) {
 		Upper: filepath.Join(base, "upper"), Work: filepath.Join(base, "work"),
 	}, filepath.Join(base, "merged"))
 	if err != nil {
-		return err
+		return base, err
 	}
 	defer m.Discard()
 	if err := f(m); err != nil {
-		return fmt.Errorf("%s: %w", c.name, err)
+		return base, fmt.Errorf("%s: %w", c.name, err)
 	}
 	if mounted, err := rival.Mounted(m.Dir); err != nil || !mounted {
-		return err
+		return base, err
 	}
-	return m.Down()
+	return base, m.Down()
 }
 
 // timed runs f and appends how long it took, in microseconds.
