@@ -292,7 +292,7 @@ func (fs *FS) link(p *prepared, d *layer.Dir, path string) error {
 }
 
 // keepTimes runs f on a directory of the upper layer and puts its times back: copying up is not a change that the
-// container made.
+// container made. If only the times cannot be put back, f has still been done, and the caller has to know that.
 func (fs *FS) keepTimes(dir *Node, f func(path string) error) error {
 	path := dir.path()
 	st, err := fs.upper.Stat(path)
@@ -302,7 +302,10 @@ func (fs *FS) keepTimes(dir *Node, f func(path string) error) error {
 	if err := f(path); err != nil {
 		return err
 	}
-	return fs.upper.Utimes(path, [2]unix.Timespec{st.Atim, st.Mtim})
+	if err := fs.upper.Utimes(path, [2]unix.Timespec{st.Atim, st.Mtim}); err != nil {
+		fs.cfg.Logf("/%s: the directory's times could not be put back after a copy-up: %v", path, err)
+	}
+	return nil
 }
 
 // switchContent makes the node an upper one. Open descriptors go on with the new file. The caller holds tree for writing.

@@ -214,7 +214,8 @@ func (fs *FS) replaceWhiteout(dir *Node, path string, o ownership, make func(d *
 		}
 		if err == nil {
 			fs.work.Invalidate(tmp)
-			return fs.work.Unlink(tmp) // now the whiteout
+			fs.discardFile(tmp) // now the whiteout
+			return nil
 		}
 	} else if err == nil {
 		err = layer.Rename(fs.work, tmp, fs.upper, path, 0)

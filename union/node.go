@@ -25,7 +25,7 @@ type Node struct {
 	stack   []lowerRef // directories: what is merged, topmost first; files: where the data lies
 	lpath   string     // where the lower counterpart is found from the roots of the lower layers
 	xwh     bool       // directory whose upper part may hold whiteouts that are regular files
-	redir   bool       // the upper object carries overlay.redirect
+	redir   bool       // the upper object carries an absolute overlay.redirect
 	dead    bool       // no name is left
 	last    Attr       // what stat said when it died
 	unsyncd bool       // the name in the upper layer came by copy-up and was not yet synced

@@ -114,11 +114,7 @@ func (fs *FS) merge(n *Node) ([]DirEntry, error) {
 			if hidden {
 				continue
 			}
-			ino, err := fs.upperIno(n, &e)
-			if err != nil {
-				return nil, err
-			}
-			entries = append(entries, DirEntry{Name: e.Name, Ino: ino, Type: e.Type, Off: position(e.Name)})
+			entries = append(entries, DirEntry{Name: e.Name, Ino: fs.upperIno(n, &e), Type: e.Type, Off: position(e.Name)})
 		}
 	}
 	for _, ref := range n.stack {
@@ -173,20 +169,18 @@ func (fs *FS) hides(l layer.Layer, dir string, e *layer.Entry, xwh bool) (bool, 
 	return fs.isWhiteout(l, path, &st, xwh)
 }
 
-// upperIno is what stat would say of an upper entry, which may have been copied up from a lower one.
-func (fs *FS) upperIno(dir *Node, e *layer.Entry) (uint64, error) {
+// upperIno is what stat would say of an upper entry, which may have been copied up from a lower one. An entry that
+// cannot be looked up is listed all the same: one damaged object does not hide its neighbours.
+func (fs *FS) upperIno(dir *Node, e *layer.Entry) uint64 {
 	f, err := fs.resolve(dir, e.Name)
-	if err != nil {
-		return 0, err
-	}
-	if !f.exists {
-		return e.Ino, nil
+	if err != nil || !f.exists {
+		return fs.inoOf(fs.upper.FS(), e.Ino)
 	}
 	if isDir(f.st.Mode) {
-		return fs.dirIno(&f), nil
+		return fs.dirIno(&f)
 	}
 	k, _ := fs.keyOf(&f)
-	return fs.inoOf(k.fs, k.ino), nil
+	return fs.inoOf(k.fs, k.ino)
 }
 
 // SyncDir makes the names of a directory durable.

@@ -248,7 +248,10 @@ func (r *rename) rename() error {
 		if r.old.below {
 			return nil
 		}
-		return fs.upper.Unlink(r.old.path)
+		if err := fs.upper.Unlink(r.old.path); err != nil { // it hides nothing: no reason to say that the rename failed
+			fs.cfg.Logf("/%s: leftover whiteout: %v", r.old.path, err)
+		}
+		return nil
 	}
 	flags := uint(0)
 	if r.old.below {

@@ -89,6 +89,10 @@ func (f *found) readHeader() {
 	f.header, f.damaged = block.ParseHeader(f.marks.Header)
 }
 
+// ours says that the topmost part is a sketch that Lamina made. Its redirect is not a matter of redirect_dir: it came
+// about when the file itself was renamed, and the header says which lower file it must lead to.
+func (f *found) ours() bool { return f.marks.Metacopy && f.damaged == nil && !f.header.Kernel }
+
 // visibleBelow says whether the lower layers alone show the name, so that removing it takes a whiteout.
 func (fs *FS) visibleBelow(dir *Node, name string) (bool, error) {
 	var f found
@@ -105,7 +109,7 @@ func (fs *FS) resolveLower(dir *Node, name, redirect string, f *found) error {
 		if redirect == "" {
 			return nil
 		}
-		if !fs.cfg.Follow {
+		if !fs.cfg.Follow && !f.ours() {
 			return unix.EPERM // as kernel overlayfs with redirect_dir=nofollow
 		}
 		switch {
@@ -333,7 +337,7 @@ func (fs *FS) adopt(dir *Node, name string, f *found) (*Node, error) {
 	}
 	if f.upper {
 		n.upIno = f.st.Ino
-		n.redir = f.marks.Redirect != ""
+		n.redir = strings.HasPrefix(f.marks.Redirect, "/") // a relative one speaks of this parent only
 	}
 	n.sketch = f.marks.Metacopy
 	n.size = f.st.Size
@@ -389,7 +393,7 @@ func (fs *FS) adoptDir(dir *Node, name string, f *found) (*Node, error) {
 	if f.upper {
 		n.upIno = f.st.Ino
 		n.xwh = f.marks.XWhiteouts
-		n.redir = f.marks.Redirect != ""
+		n.redir = strings.HasPrefix(f.marks.Redirect, "/") // a relative one speaks of this parent only
 	}
 	n.ino = fs.dirIno(f)
 	fs.tab.Lock()

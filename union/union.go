@@ -252,6 +252,13 @@ func (fs *FS) discard(tmp string) {
 	}
 }
 
+// discardFile is discard for what is no directory.
+func (fs *FS) discardFile(tmp string) {
+	if err := fs.work.Unlink(tmp); err != nil {
+		fs.cfg.Logf("workdir %s: leftover %s: %v", fs.work.Name(), tmp, err)
+	}
+}
+
 func (fs *FS) tmpName() string {
 	return fmt.Sprintf("%s/%d-%d", tmpDir, os.Getpid(), fs.tmpSeq.Add(1))
 }
