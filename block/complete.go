@@ -24,7 +24,7 @@ func (f *File) leaveLower() error {
 	defer f.commitMu.Unlock()
 	f.shape.Lock()
 	defer f.shape.Unlock()
-	if f.plain.Load() || f.limit == 0 {
+	if f.plain.Load() || f.closed.Load() || f.limit == 0 {
 		return nil
 	}
 	h := f.hdr
@@ -61,6 +61,9 @@ func (f *File) bringPiece(off, end int64) (int64, error) {
 	f.shape.RLock()
 	defer f.shape.RUnlock()
 	off, end = off&^(f.bs-1), min(end, f.limit)
+	if f.closed.Load() {
+		return off, unix.EBADF
+	}
 	if f.plain.Load() || off >= end {
 		return off, nil
 	}

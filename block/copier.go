@@ -182,7 +182,7 @@ func (f *File) copyQueued() {
 		return
 	}
 	err := f.completeAll()
-	if err != nil {
+	if err != nil && !f.closed.Load() {
 		f.e.fail("copying to the sketch of inode %d, tried again later: %v", f.ino(), err)
 		time.AfterFunc(retryDelay, func() { f.e.enqueue(f) })
 	}

@@ -39,6 +39,9 @@ func (f *File) Fallocate(mode uint32, off, n int64) error {
 func (f *File) fallocatePlain(mode uint32, off, n int64) (done bool, err error) {
 	f.shape.RLock()
 	defer f.shape.RUnlock()
+	if f.closed.Load() {
+		return true, unix.EBADF
+	}
 	if !f.plain.Load() {
 		return false, nil
 	}

@@ -30,6 +30,9 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 	}
 	f.shape.RLock()
 	defer f.shape.RUnlock()
+	if f.closed.Load() {
+		return 0, unix.EBADF
+	}
 	if f.plain.Load() {
 		return f.s.ReadAt(p, off)
 	}

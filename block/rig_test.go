@@ -106,7 +106,7 @@ func openLower(path string) func() (Lower, error) {
 		if err != nil {
 			return nil, err
 		}
-		return fdLower{&fdStore{fd: fd}, testFS}, nil
+		return fdLower{OpenStore(fd, "", "").(*fdStore), testFS}, nil
 	}
 }
 

@@ -13,6 +13,9 @@ func (f *File) Seek(off int64, whence int) (int64, error) {
 	}
 	f.shape.RLock()
 	defer f.shape.RUnlock()
+	if f.closed.Load() {
+		return 0, unix.EBADF
+	}
 	if f.plain.Load() {
 		return f.s.Seek(off, whence)
 	}

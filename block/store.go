@@ -3,6 +3,7 @@ package block
 import (
 	"errors"
 	"io"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -11,7 +12,7 @@ import (
 // fdStore is the Store over a kernel descriptor. Every call is retried on EINTR: the Go runtime's own SIGURG must not
 // become an application's error.
 type fdStore struct {
-	fd             int
+	num            atomic.Int32 // the descriptor; -1 once closed, so that a late call meets EBADF and never another file
 	header, origin string // xattr names
 }
 
@@ -20,7 +21,9 @@ var _ Store = (*fdStore)(nil)
 // OpenStore wraps the descriptor of an upper file, which it owns from then on. headerXattr and originXattr are the full
 // names of the attributes that hold the sketch's header and, once it is complete, its origin.
 func OpenStore(fd int, headerXattr, originXattr string) Store {
-	return &fdStore{fd: fd, header: headerXattr, origin: originXattr}
+	s := &fdStore{header: headerXattr, origin: originXattr}
+	s.num.Store(int32(fd))
+	return s
 }
 
 func retry(op func() error) error {
@@ -31,13 +34,15 @@ func retry(op func() error) error {
 	}
 }
 
-func (s *fdStore) FD() int      { return s.fd }
-func (s *fdStore) Close() error { return unix.Close(s.fd) }
+func (s *fdStore) FD() int { return int(s.num.Load()) }
+
+// Close closes the descriptor. A second Close is EBADF and harmless.
+func (s *fdStore) Close() error { return unix.Close(int(s.num.Swap(-1))) }
 
 func (s *fdStore) ReadAt(p []byte, off int64) (int, error) {
 	n := 0
 	for n < len(p) {
-		m, err := unix.Pread(s.fd, p[n:], off+int64(n))
+		m, err := unix.Pread(s.FD(), p[n:], off+int64(n))
 		switch {
 		case err == unix.EINTR:
 		case err != nil:
@@ -54,7 +59,7 @@ func (s *fdStore) ReadAt(p []byte, off int64) (int, error) {
 func (s *fdStore) WriteAt(p []byte, off int64) (int, error) {
 	n := 0
 	for n < len(p) {
-		m, err := unix.Pwrite(s.fd, p[n:], off+int64(n))
+		m, err := unix.Pwrite(s.FD(), p[n:], off+int64(n))
 		switch {
 		case err == unix.EINTR:
 		case err != nil:
@@ -69,29 +74,29 @@ func (s *fdStore) WriteAt(p []byte, off int64) (int, error) {
 }
 
 func (s *fdStore) Stat() (st unix.Stat_t, err error) {
-	err = retry(func() error { return unix.Fstat(s.fd, &st) })
+	err = retry(func() error { return unix.Fstat(s.FD(), &st) })
 	return st, err
 }
 
 func (s *fdStore) Truncate(size int64) error {
-	return retry(func() error { return unix.Ftruncate(s.fd, size) })
+	return retry(func() error { return unix.Ftruncate(s.FD(), size) })
 }
 
 func (s *fdStore) Fallocate(mode uint32, off, n int64) error {
-	return retry(func() error { return unix.Fallocate(s.fd, mode, off, n) })
+	return retry(func() error { return unix.Fallocate(s.FD(), mode, off, n) })
 }
 
 func (s *fdStore) Seek(off int64, whence int) (pos int64, err error) {
-	err = retry(func() error { pos, err = unix.Seek(s.fd, off, whence); return err })
+	err = retry(func() error { pos, err = unix.Seek(s.FD(), off, whence); return err })
 	return pos, err
 }
 
-func (s *fdStore) Sync() error { return retry(func() error { return unix.Fsync(s.fd) }) }
+func (s *fdStore) Sync() error { return retry(func() error { return unix.Fsync(s.FD()) }) }
 
 func (s *fdStore) Header() ([]byte, error) {
 	var buf [256]byte
 	for b := buf[:]; ; {
-		n, err := unix.Fgetxattr(s.fd, s.header, b)
+		n, err := unix.Fgetxattr(s.FD(), s.header, b)
 		switch {
 		case err == unix.EINTR:
 		case err == unix.ENODATA, errors.Is(err, unix.EOPNOTSUPP):
@@ -107,15 +112,15 @@ func (s *fdStore) Header() ([]byte, error) {
 }
 
 func (s *fdStore) SetHeader(b []byte) error {
-	return retry(func() error { return unix.Fsetxattr(s.fd, s.header, b, 0) })
+	return retry(func() error { return unix.Fsetxattr(s.FD(), s.header, b, 0) })
 }
 
 func (s *fdStore) SetOrigin(b []byte) error {
-	return retry(func() error { return unix.Fsetxattr(s.fd, s.origin, b, 0) })
+	return retry(func() error { return unix.Fsetxattr(s.FD(), s.origin, b, 0) })
 }
 
 func (s *fdStore) RemoveHeader() error {
-	err := retry(func() error { return unix.Fremovexattr(s.fd, s.header) })
+	err := retry(func() error { return unix.Fremovexattr(s.FD(), s.header) })
 	if err == unix.ENODATA {
 		return nil
 	}
@@ -126,7 +131,7 @@ func (s *fdStore) RemoveHeader() error {
 func (s *fdStore) SetTimes(atime, mtime unix.Timespec) error {
 	ts := [2]unix.Timespec{atime, mtime}
 	return retry(func() error {
-		_, _, e := unix.Syscall6(unix.SYS_UTIMENSAT, uintptr(s.fd), 0, uintptr(unsafe.Pointer(&ts)), 0, 0, 0)
+		_, _, e := unix.Syscall6(unix.SYS_UTIMENSAT, uintptr(s.FD()), 0, uintptr(unsafe.Pointer(&ts)), 0, 0, 0)
 		if e != 0 {
 			return e
 		}

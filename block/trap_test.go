@@ -430,3 +430,87 @@ func TestNoCopyWhenWritesFill(t *testing.T) {
 		t.Errorf("the lower file was read %d times", reads)
 	}
 }
+
+// TestAbandonUnderLoad: a file that nobody will read again is closed while the copier, a sync and a settlement are busy
+// with it and writers come late. The late ones get EBADF; they never reach the file that has the descriptor's number now.
+func TestAbandonUnderLoad(t *testing.T) {
+	for name, format := range map[string]Format{"sparse": Sparse, "bcow": BCoW} {
+		t.Run(name, func(t *testing.T) {
+			e := newEngine(t, Options{Format: format, SettleDelay: time.Microsecond})
+			low := &memLower{data: testContent(256 << 10), mtime: 5}
+			for range 30 {
+				path := t.TempDir() + "/upper"
+				s := openUpper(t, path)
+				if err := e.Create(s, low.ident()); err != nil {
+					t.Fatal(err)
+				}
+				f, err := e.Open(s, low.open)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Remove(path); err != nil {
+					t.Fatal(err)
+				}
+				var wg sync.WaitGroup
+				late := func(op func(i int64) error) {
+					wg.Go(func() {
+						for i := int64(0); ; i++ {
+							if err := op(i % 50); err == unix.EBADF {
+								return
+							} else if err != nil {
+								t.Error(err)
+								return
+							}
+						}
+					})
+				}
+				late(func(i int64) error { _, err := f.WriteAt([]byte("partial"), i*4096+100); return err })
+				late(func(i int64) error { _, err := f.ReadAt(make([]byte, 5000), i*4096); return err })
+				late(func(int64) error { return f.Sync() })
+				late(func(i int64) error { return f.Truncate(250<<10 + i) })
+				late(func(i int64) error { return f.Fallocate(punch, i*4096+1, 5000) })
+				settled := make(chan struct{})
+				f.Settle(func(*File) { close(settled) })
+				f.copyQueued()
+				if err := f.Abandon(); err != nil {
+					t.Error(err)
+				}
+				other, err := os.Create(path) // takes the lowest free descriptor
+				if err != nil {
+					t.Fatal(err)
+				}
+				wg.Wait()
+				<-settled
+				if st, err := other.Stat(); err != nil || st.Size() != 0 {
+					t.Errorf("another file has %d bytes, %v", st.Size(), err)
+				}
+				if err := f.Abandon(); err != nil {
+					t.Errorf("the second time: %v", err)
+				}
+				other.Close()
+			}
+		})
+	}
+}
+
+// TestStoreClosedTwice: the second close of a store does not close whatever has its number now.
+func TestStoreClosedTwice(t *testing.T) {
+	dir := t.TempDir()
+	s := openUpper(t, dir+"/one")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	other, err := os.Create(dir + "/two")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != unix.EBADF {
+		t.Errorf("second close: %v", err)
+	}
+	if _, err := s.WriteAt([]byte("x"), 0); err != unix.EBADF {
+		t.Errorf("write after it: %v", err)
+	}
+	if err := other.Close(); err != nil {
+		t.Errorf("another file: %v", err)
+	}
+}

@@ -16,6 +16,9 @@ func (f *File) Truncate(size int64) error {
 	defer f.commitMu.Unlock()
 	f.shape.Lock()
 	defer f.shape.Unlock()
+	if f.closed.Load() {
+		return unix.EBADF
+	}
 	if f.plain.Load() {
 		return f.s.Truncate(size)
 	}
@@ -129,7 +132,7 @@ func (f *File) makeRoom(end, size int64) error {
 	defer f.commitMu.Unlock()
 	f.shape.Lock()
 	defer f.shape.Unlock()
-	if f.plain.Load() {
+	if f.plain.Load() || f.closed.Load() {
 		return nil
 	}
 	return f.roomLocked(end, size)

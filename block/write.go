@@ -36,6 +36,10 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 func (f *File) lockFor(end, size int64) error {
 	for {
 		f.shape.RLock()
+		if f.closed.Load() {
+			f.shape.RUnlock()
+			return unix.EBADF
+		}
 		if f.plain.Load() || f.fits(end, size) {
 			return nil
 		}
