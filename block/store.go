@@ -13,7 +13,7 @@ import (
 // become an application's error.
 type fdStore struct {
 	num            atomic.Int32 // the descriptor; -1 once closed, so that a late call meets EBADF and never another file
-	header, origin string // xattr names
+	header, origin string       // xattr names
 }
 
 var _ Store = (*fdStore)(nil)

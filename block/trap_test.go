@@ -469,9 +469,14 @@ func TestAbandonUnderLoad(t *testing.T) {
 				late(func(int64) error { return f.Sync() })
 				late(func(i int64) error { return f.Truncate(250<<10 + i) })
 				late(func(i int64) error { return f.Fallocate(punch, i*4096+1, 5000) })
+				late(func(int64) error { // a copier whose turn began before the end
+					if err := f.completeAll(); err != nil || !f.closed.Load() {
+						return err
+					}
+					return unix.EBADF
+				})
 				settled := make(chan struct{})
 				f.Settle(func(*File) { close(settled) })
-				f.copyQueued()
 				if err := f.Abandon(); err != nil {
 					t.Error(err)
 				}
