@@ -12,13 +12,13 @@ type Finding struct {
 	Repaired bool
 }
 
-// Check examines one sketch: header, table, lower file's identity. An ordinary file has nothing to find. With repair
-// the damaged parts of the table are withdrawn, which gives their blocks back to the lower file (or to the older valid
-// copy of the table, if there is one), and interrupted completions are finished. err is for what kept Check from
-// looking. It owns s.
+// Check examines one sketch: header, table, lower file's identity. A nil lower leaves the lower file out of it. An
+// ordinary file has nothing to find. With repair the damaged parts of the table are withdrawn, which gives their blocks
+// back to the lower file (or to the older valid copy of the table, if there is one), and what a power cut interrupted is
+// finished, as opening the file for writing does. err is for what kept Check from looking. It owns s.
 func Check(s Store, lower func() (Lower, error), repair bool) ([]Finding, error) {
 	c := checker{repair: repair}
-	f, err := readers.openFile(s, lower, true)
+	f, err := readers.openFile(s, lower, !repair)
 	if err != nil {
 		s.Close()
 		if errors.Is(err, ErrInvalid) || errors.Is(err, ErrVersion) || errors.Is(err, ErrChecksum) {
@@ -49,7 +49,7 @@ func (c *checker) run() error {
 	if f.plain.Load() || f.hdr.Complete {
 		return nil
 	}
-	if f.limit > 0 {
+	if f.limit > 0 && f.open != nil {
 		if _, err := f.lowerFor(); err != nil {
 			c.find(-1, "lower file: %v", err)
 		}

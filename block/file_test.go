@@ -436,3 +436,48 @@ func TestDamage(t *testing.T) {
 		})
 	}
 }
+
+// TestCheckWithoutLower: without a lower file, Check looks at everything but that.
+func TestCheckWithoutLower(t *testing.T) {
+	everyFormat(t, func(t *testing.T, o Options) {
+		r := newRig(t, o, testContent(100_000))
+		r.write([]byte("partial"), 5000)
+		if err := r.f.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		for _, repair := range []bool{false, true} {
+			if found, err := Check(openUpper(t, r.path), nil, repair); len(found) != 0 || err != nil {
+				t.Errorf("repair %v: found %v, %v", repair, found, err)
+			}
+		}
+		gone := func() (Lower, error) { return nil, unix.ENOENT }
+		if found, err := Check(openUpper(t, r.path), gone, false); len(found) != 1 || found[0].Block != -1 || err != nil {
+			t.Errorf("a lower file that is gone: found %v, %v", found, err)
+		}
+	})
+}
+
+// TestRepairFinishes: what a power cut interrupted between two steps of a completion or a truncation is finished by
+// Check with repair, and left alone without.
+func TestRepairFinishes(t *testing.T) {
+	for name, h := range map[string]Header{
+		"completion": {Format: Sparse, BlockSize: 4096, Complete: true, Size: 5000},
+		"truncation": {Format: Sparse, BlockSize: 4096, Ident: Ident{Size: 9000, MtimeNS: 5}, Limit: 5000, Size: 5000},
+	} {
+		t.Run(name, func(t *testing.T) {
+			store := newCrashStore(nil)
+			if err := errors.Join(store.Truncate(9000), store.SetHeader(h.encode())); err != nil {
+				t.Fatal(err)
+			}
+			for _, repair := range []bool{false, true} {
+				if found, err := Check(store, nil, repair); len(found) != 0 || err != nil {
+					t.Fatalf("repair %v: %v, %v", repair, found, err)
+				}
+				want := map[bool]int64{false: 9000, true: 5000}[repair]
+				if st, err := store.Stat(); err != nil || st.Size != want {
+					t.Errorf("repair %v: the upper file has %d bytes, %v; want %d", repair, st.Size, err, want)
+				}
+			}
+		})
+	}
+}
