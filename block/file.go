@@ -76,6 +76,9 @@ func (f *File) initSketch(h Header, stSize int64) error {
 	for f.shift = minBlockShift; 1<<f.shift < f.bs; f.shift++ {
 	}
 	size := h.LogicalSize(stSize)
+	if size > f.maxSize() { // without a size in the header it is the upper file's, which nobody has checked
+		return fmt.Errorf("%w: a file of %d bytes", ErrInvalid, size)
+	}
 	if h.Kernel {
 		f.hdr.Limit = size
 	}
@@ -102,9 +105,6 @@ func (f *File) initSketch(h Header, stSize int64) error {
 		if err := f.bcow.init(f, stSize); err != nil {
 			return err
 		}
-	}
-	if blocks > maxBlocks*2 {
-		return fmt.Errorf("%w: %d blocks", ErrInvalid, blocks)
 	}
 	f.dir = newDirectory(blocks)
 	return nil

@@ -282,6 +282,12 @@ func (c *cursor) pages() int64 {
 	return int64(v) * pageSize
 }
 
-func ceilDiv(a, b int64) int64 { return (a + b - 1) / b }
+// ceilDiv is a/b rounded up; it does not overflow for a near 2^63, as the length of a hostile file may be.
+func ceilDiv(a, b int64) int64 {
+	if a%b > 0 {
+		return a/b + 1
+	}
+	return a / b
+}
 
 func roundUp(a, b int64) int64 { return ceilDiv(a, b) * b }

@@ -519,3 +519,20 @@ func TestStoreClosedTwice(t *testing.T) {
 		t.Errorf("another file: %v", err)
 	}
 }
+
+// TestHugeUpperFile: an upper file of any length, made by somebody else, is refused or read, and never a panic.
+func TestHugeUpperFile(t *testing.T) {
+	h := Header{Format: Sparse, BlockSize: 4096, Ident: Ident{Size: 9000, MtimeNS: 5}, Limit: 9000, Size: naturalSize}
+	for _, size := range []int64{1<<63 - 1, 1<<63 - 4096, 1<<46 + 1} {
+		for name, header := range map[string][]byte{"kernel's": {}, "ours": h.encode()} {
+			low := &memLower{data: testContent(9000), mtime: 5}
+			m := &image{pages: map[int64][]byte{}, header: header, size: size}
+			if l, err := OpenReadOnly(newCrashStore(m), low.open); !errors.Is(err, ErrInvalid) {
+				t.Errorf("%s header, %d bytes: %v, %v", name, size, l, err)
+			}
+			if found, err := Check(newCrashStore(m), low.open, false); err != nil || len(found) != 1 {
+				t.Errorf("%s header, %d bytes: found %v, %v", name, size, found, err)
+			}
+		}
+	}
+}
