@@ -36,7 +36,7 @@ import (
 //
 // # A write to a passed-through lower file
 //
-// When an open for writing, or a truncation by name, meets such descriptors, the names move to a new node
+// When an open for writing, or a truncation by name, meets such descriptors, the node loses its names
 // (union.FS.Detach), the old node stays with its readers, and the answer is ESTALE: the VFS looks the name up again and
 // finds the new node, which has the same inode number. A backing id is never carried over to it. Somebody who reopens
 // the old node itself, through /proc/PID/fd, gets the ESTALE. Until the writer has come, the new node is not passed
@@ -171,12 +171,13 @@ func (s *server) beforeWrite(n *union.Node, m *modes) error {
 		return unix.EROFS
 	}
 	s.awaited.Store(n.Ino(), struct{}{})
-	if err := s.fs.Detach(n); err != nil {
+	names, err := s.fs.Detach(n)
+	if err != nil {
 		return err
 	}
 	m.detached = true
 	s.stats.detached.Add(1)
-	s.pruneLater(n.ID())
+	go s.renew(n.ID(), names)
 	return unix.ESTALE
 }
 
@@ -312,6 +313,10 @@ func mtimeOf(uh *union.Handle) (unix.Timespec, bool) {
 	return st.Mtim, true
 }
 
-// pruneLater makes the kernel look up the other names of a detached node again. They are invalidated one by one as they
-// are opened anyway; this is for those that are only looked at.
-func (s *server) pruneLater(id uint64) { go s.dev.prune(id) }
+// renew makes the kernel look up the names of a detached node again, also those that are not being opened.
+func (s *server) renew(id uint64, names []union.Name) {
+	for _, name := range names {
+		s.dev.forgetEntry(name.Dir, name.Name)
+	}
+	s.dev.prune(id)
+}

@@ -30,6 +30,8 @@ type transport interface {
 	// prune makes the kernel look the unused names of a node up again. It must not be called while answering a request:
 	// the kernel may hold a lock on the directory that it needs.
 	prune(id uint64)
+	// forgetEntry makes the kernel look a name up again. It must not be called while answering a request either.
+	forgetEntry(dir uint64, name string)
 }
 
 // capabilities beyond those that go-fuse asks for by itself.
@@ -249,5 +251,7 @@ func (t *devTransport) unregisterBacking(id int32) {
 
 // invalAttr: a negative offset leaves the pages alone.
 func (t *devTransport) invalAttr(id uint64) { t.InodeNotify(id, -1, 0) }
+
+func (t *devTransport) forgetEntry(dir uint64, name string) { t.EntryNotify(dir, name) }
 
 func (t *devTransport) prune(id uint64) { t.PruneNotify([]uint64{id}) }

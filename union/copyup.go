@@ -22,6 +22,7 @@ type prepared struct {
 	fd     int    // O_RDWR of a regular file, or -1
 	tmp    string // in the workdir, or ""
 	ino    uint64
+	size   int64
 	sketch bool
 }
 
@@ -59,11 +60,57 @@ func (fs *FS) copyUp(n *Node, truncate bool) error {
 	}
 	fs.tree.Lock()
 	defer fs.tree.Unlock()
+	return fs.install(n, p)
+}
+
+// install gives the prepared object its name and makes the node an upper one; open descriptors go on with the new file.
+// What can fail comes before the name is given. The caller holds tree for writing.
+func (fs *FS) install(n *Node, p *prepared) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	old := n.cur.Load()
+	if n.dead && old == nil {
+		fs.abandon(p)
+		return unix.ESTALE // its last name and its last descriptor are gone
+	}
+	var next *content
+	if old != nil {
+		f, err := fs.cfg.Engine.Open(fs.store(dup(p.fd)), fs.lowerOf(n.stackOf(p)))
+		if err != nil {
+			fs.abandon(p)
+			return err
+		}
+		next = &content{file: f, prev: old}
+	}
 	if err := fs.place(n, p); err != nil {
+		if next != nil {
+			next.file.Abandon()
+		}
 		fs.abandon(p)
 		return err
 	}
-	return fs.switchContent(n, p)
+	if p.fd >= 0 {
+		unix.Close(p.fd)
+	}
+	n.upper, n.upIno, n.unsyncd = true, p.ino, true
+	if isReg(n.mode) {
+		n.sketch, n.stack = p.sketch, n.stackOf(p)
+		if !p.sketch {
+			n.size = p.size
+		}
+	}
+	if next != nil {
+		n.cur.Store(next)
+	}
+	return nil
+}
+
+// stackOf is where the node's data lies besides the prepared object.
+func (n *Node) stackOf(p *prepared) []lowerRef {
+	if p.sketch {
+		return n.stack
+	}
+	return nil
 }
 
 // prepare makes the upper object of a lower file. It takes no lock of the tree's: the lower is immutable.
@@ -107,7 +154,7 @@ func (fs *FS) prepare(n *Node, truncate bool) (*prepared, error) {
 	if err == nil {
 		var up unix.Stat_t
 		up, err = p.stat(fs)
-		p.ino = up.Ino
+		p.ino, p.size = up.Ino, up.Size
 	}
 	if err != nil {
 		fs.abandon(p)
@@ -308,41 +355,6 @@ func (fs *FS) keepTimes(dir *Node, f func(path string) error) error {
 	return nil
 }
 
-// switchContent makes the node an upper one. Open descriptors go on with the new file. The caller holds tree for writing.
-func (fs *FS) switchContent(n *Node, p *prepared) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.upper, n.upIno, n.unsyncd = true, p.ino, true
-	n.sketch = p.sketch
-	if !p.sketch && isReg(n.mode) {
-		n.stack = nil
-		st, err := p.stat(fs)
-		if err != nil {
-			return err
-		}
-		n.size = st.Size
-	}
-	old := n.cur.Load()
-	if p.fd < 0 {
-		return nil
-	}
-	if old == nil && !n.dead {
-		unix.Close(p.fd)
-		return nil
-	}
-	f, err := fs.cfg.Engine.Open(fs.store(p.fd), fs.lowerOf(n.stack))
-	if err != nil {
-		return err
-	}
-	// The old lower stays open until the last descriptor goes: reads in flight may still be using it.
-	c := &content{file: f}
-	if old != nil {
-		c.old = old.lower
-	}
-	n.cur.Store(c)
-	return nil
-}
-
 // copyUpDir makes a directory and those above it exist in the upper layer. The caller holds tree for writing.
 func (fs *FS) copyUpDir(n *Node) error {
 	if n.upper {
@@ -428,7 +440,7 @@ func (p *prepared) stat(fs *FS) (st unix.Stat_t, err error) {
 
 // syncUp makes the names that copy-up gave to a file and to the directories above it durable, once.
 func (fs *FS) syncUp(n *Node) error {
-	for {
+	for !fs.cfg.Volatile {
 		fs.tree.RLock()
 		pending := n.unsyncd
 		l, ok := fs.firstLink(n)
@@ -450,6 +462,7 @@ func (fs *FS) syncUp(n *Node) error {
 		}
 		n = l.dir
 	}
+	return nil
 }
 
 func futimens(fd int, atime, mtime unix.Timespec) error {

@@ -129,7 +129,7 @@ func (fs *FS) tmpfile(dir *Node, mode uint32, c Cred) (*Node, int, error) {
 		return nil, -1, err
 	}
 	k := key{fs.upper.FS(), st.Ino}
-	n := &Node{fs: fs, ino: fs.inoOf(k.fs, k.ino), mode: unix.S_IFREG, key: k, upper: true, upIno: st.Ino, dead: true, refs: 1, last: st}
+	n := &Node{fs: fs, ino: fs.inoOf(k.fs, k.ino), mode: unix.S_IFREG, key: k, upper: true, upIno: st.Ino, dead: true, unborn: true, refs: 1, last: st}
 	fs.tab.Lock()
 	fs.register(n)
 	fs.tab.Unlock()
@@ -294,6 +294,9 @@ func (fs *FS) Link(n, dir *Node, name string) (*Node, error) {
 	}
 	fs.tree.Lock()
 	defer fs.tree.Unlock()
+	if n.dead && !n.unborn {
+		return nil, unix.ENOENT // as link(2) says of a file whose last name is gone
+	}
 	f, err := fs.resolve(dir, name)
 	if err != nil {
 		return nil, err
@@ -324,7 +327,9 @@ func (fs *FS) Link(n, dir *Node, name string) (*Node, error) {
 		}
 	}
 	dir.list.Store(nil)
-	n.dead = false
+	n.mu.Lock()
+	n.dead, n.unborn = false, false
+	n.mu.Unlock()
 	fs.tab.Lock()
 	defer fs.tab.Unlock()
 	if fs.byKey[n.key] == nil {

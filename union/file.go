@@ -15,19 +15,19 @@ import (
 type content struct {
 	file  *block.File // upper
 	lower block.Lower // lower only
-	old   block.Lower // the lower of before copy-up, kept until the last descriptor goes
-	left  *block.File // the sketch that Detach took away from these descriptors, still without blocks; likewise
+	pass  bool        // lower can be handed to the kernel for passthrough
+	prev  *content    // what the descriptors used before: calls in flight may still do, so it stays until the last goes
 }
 
+// close closes everything that the descriptors ever used. An upper file whose bytes have to last has been closed before.
 func (c *content) close() {
-	if c.lower != nil {
-		c.lower.Close()
-	}
-	if c.old != nil {
-		c.old.Close()
-	}
-	if c.left != nil {
-		c.left.Abandon()
+	for ; c != nil; c = c.prev {
+		if c.lower != nil {
+			c.lower.Close()
+		}
+		if c.file != nil {
+			c.file.Abandon()
+		}
 	}
 }
 
@@ -89,8 +89,7 @@ func (fs *FS) openContent(n *Node) (*content, error) {
 		return nil, unix.ESTALE // its last name and its last descriptor are gone
 	}
 	if !n.upper {
-		low, err := fs.openLower(n.stack)
-		return &content{lower: low}, err
+		return fs.openBelow(n.stack)
 	}
 	d, path, err := fs.upperAt(n)
 	if err != nil {
@@ -106,6 +105,16 @@ func (fs *FS) openContent(n *Node) (*content, error) {
 		return nil, err
 	}
 	return &content{file: f}, nil
+}
+
+// openBelow opens a lower file.
+func (fs *FS) openBelow(stack []lowerRef) (*content, error) {
+	low, err := fs.openLower(stack)
+	if err != nil {
+		return nil, err
+	}
+	d, ok := fs.lowers[stack[0].layer].(*layer.Dir)
+	return &content{lower: low, pass: ok && d.Cloned() && !stack[0].sketch}, nil
 }
 
 // upperAt says where the upper object of a node is: under its name, or in the index. The caller holds tree.
@@ -212,8 +221,7 @@ func (n *Node) lastClose() *block.File {
 		return c.file
 	}
 	n.remember(c.file)
-	c.file.Abandon() // an ordinary file, or one that nobody will ever read again
-	n.closeContent(c)
+	n.closeContent(c) // an ordinary file, or one that nobody will ever read again
 	return nil
 }
 
@@ -241,7 +249,7 @@ func (n *Node) settled(f *block.File) {
 // remember keeps what stat needs to know of a file while it is closed. The caller holds mu.
 func (n *Node) remember(f *block.File) { n.size, n.sketch = f.Size(), f.Sketch() }
 
-// closeContent lets go of a content whose upper file is closed. The caller holds mu.
+// closeContent closes a content without saving what its upper file has not yet put on disk. The caller holds mu.
 func (n *Node) closeContent(c *content) {
 	n.cur.Store(nil)
 	c.close()
@@ -280,9 +288,6 @@ func (h *Handle) Sync(dataOnly bool) error {
 	}
 	if err := c.file.Sync(); err != nil {
 		return err
-	}
-	if h.n.fs.cfg.Volatile {
-		return nil
 	}
 	return h.n.fs.syncUp(h.n)
 }
@@ -378,49 +383,47 @@ func (h *Handle) Backing() (fd int, kind BackingKind) {
 		}
 		return -1, BackingNone
 	}
-	fs, ref := h.n.fs, h.n.stack[0]
-	d, ok := fs.lowers[ref.layer].(*layer.Dir)
-	f, hasFD := c.lower.(layer.FDer)
-	if ok && hasFD && !ref.sketch && d.Cloned() && f.FD() >= 0 {
+	if f, ok := c.lower.(layer.FDer); ok && c.pass && f.FD() >= 0 {
 		return f.FD(), BackingLower
 	}
 	return -1, BackingNone
 }
 
-// Detach moves the names of a lower file to a new node (another node number, the same st_ino), so that it can be copied
-// up while readers of n whose reads the kernel passes to the lower file live on. n keeps showing the lower's bytes.
-func (fs *FS) Detach(n *Node) error {
+// Name is one name of a node, by the number of its directory's node.
+type Name struct {
+	Dir  uint64
+	Name string
+}
+
+// Detach takes the names of a lower file away from n, so that the file can be copied up while readers of n whose reads
+// the kernel passes to the lower file live on: n keeps showing the lower's bytes. The names are returned: whoever looks
+// them up again finds another node (another node number, the same st_ino).
+func (fs *FS) Detach(n *Node) ([]Name, error) {
+	// The next node does not know which names of a copy-up are not on disk yet.
+	if err := fs.syncUp(n); err != nil {
+		return nil, err
+	}
 	fs.tree.Lock()
 	defer fs.tree.Unlock()
-	if n.dead {
-		return nil
+	if n.dead || len(n.stack) == 0 {
+		return nil, nil // another was faster, or nothing of the lower file is left to show
 	}
 	last, err := fs.attr(n)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	c := n.cur.Load()
-	if c != nil && c.file != nil {
-		// Copied up for its metadata only: the sketch goes with the names, the readers stay below.
-		low, err := fs.openLower(n.stack)
+	if c := n.cur.Load(); c != nil && c.file != nil {
+		// Copied up for its metadata only: the sketch, still without blocks, stays with the names.
+		below, err := fs.openBelow(n.stack)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		n.remember(c.file)
-		n.cur.Store(&content{lower: low, old: c.old, left: c.file})
+		below.prev = c
+		n.cur.Store(below)
 	}
-	fs.tab.Lock()
-	defer fs.tab.Unlock()
-	heir := &Node{fs: fs, ino: n.ino, mode: n.mode, key: n.key, upper: n.upper, upIno: n.upIno, indexed: n.indexed, delta: n.delta,
-		stack: n.stack, lpath: n.lpath, redir: n.redir, unsyncd: n.unsyncd, sketch: n.sketch, size: n.size}
-	delete(fs.byKey, n.key)
-	fs.register(heir)
-	for _, l := range n.links {
-		heir.addLink(l.dir, l.name)
-		l.dir.pins--
-	}
-	n.links, n.key, n.dead, n.last, n.upper = nil, key{}, true, last, false
-	return nil
+	n.dead, n.last, n.upper, n.indexed = true, last, false, false
+	return fs.dropLinks(n), nil
 }

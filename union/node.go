@@ -26,7 +26,8 @@ type Node struct {
 	lpath   string     // where the lower counterpart is found from the roots of the lower layers
 	xwh     bool       // directory whose upper part may hold whiteouts that are regular files
 	redir   bool       // the upper object carries an absolute overlay.redirect
-	dead    bool       // no name is left
+	dead    bool       // no name is left; changed with mu held too, so that either lock will do for reading
+	unborn  bool       // dead because it has no name yet (O_TMPFILE)
 	last    Attr       // what stat said when it died
 	unsyncd bool       // the name in the upper layer came by copy-up and was not yet synced
 
@@ -135,9 +136,7 @@ func (fs *FS) collect(n *Node) {
 		fs.byID.Delete(n.id)
 		n.id = 0
 		fs.live--
-		if fs.byKey[n.key] == n {
-			delete(fs.byKey, n.key)
-		}
+		fs.unshare(n)
 		links := n.links
 		n.links = nil
 		n.list.Store(nil)
@@ -198,6 +197,27 @@ func (n *Node) dropLink(dir *Node, name string) {
 	}
 	dir.pins--
 	n.fs.collect(dir)
+}
+
+// dropLinks forgets every name of a node, and the node as the one that its key stands for.
+func (fs *FS) dropLinks(n *Node) []Name {
+	fs.tab.Lock()
+	defer fs.tab.Unlock()
+	names := make([]Name, 0, len(n.links))
+	for len(n.links) > 0 {
+		l := n.links[0]
+		names = append(names, Name{Dir: l.dir.id, Name: l.name})
+		n.dropLink(l.dir, l.name)
+	}
+	fs.unshare(n)
+	return names
+}
+
+// unshare makes other names stop finding n by its key. The caller holds tab.
+func (fs *FS) unshare(n *Node) {
+	if fs.byKey[n.key] == n {
+		delete(fs.byKey, n.key)
+	}
 }
 
 // moveLink replaces a name by another.

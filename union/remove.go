@@ -126,15 +126,17 @@ func (fs *FS) unnamed(n, dir *Node, name string, inUpper bool, was Attr) error {
 	}
 	fs.tab.Lock()
 	n.dropLink(dir, name)
-	if left == 0 && fs.byKey[n.key] == n {
-		delete(fs.byKey, n.key) // the inode number may be given to a new file
+	if left == 0 {
+		fs.unshare(n) // the inode number may be given to a new file
 	}
 	fs.tab.Unlock()
 	return err
 }
 
-// die marks a node that has no name any more. Open descriptors go on.
+// die marks a node that has no name any more. Open descriptors go on. The caller holds tree for writing.
 func (n *Node) die(last Attr) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	n.dead = true
 	last.Nlink = 0
 	last.Ino = n.ino

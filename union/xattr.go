@@ -41,8 +41,8 @@ func asLayer(d *layer.Dir, path string, err error) (layer.Layer, string, error) 
 func (fs *FS) Getxattr(n *Node, name string) ([]byte, error) {
 	fs.tree.RLock()
 	defer fs.tree.RUnlock()
-	if n.dead {
-		return fs.getxattrFD(n, fs.stored(name))
+	if n.dead && n.upper {
+		return fs.namelessXattr(n, func(fd int, buf []byte) (int, error) { return unix.Fgetxattr(fd, fs.stored(name), buf) })
 	}
 	l, path, err := fs.xattrAt(n)
 	if err != nil {
@@ -51,31 +51,28 @@ func (fs *FS) Getxattr(n *Node, name string) ([]byte, error) {
 	return l.Getxattr(path, fs.stored(name))
 }
 
-func (fs *FS) getxattrFD(n *Node, name string) ([]byte, error) {
-	buf := make([]byte, 64<<10)
+// namelessXattr asks the descriptor of a file that has no name: ENODATA if nobody has it open any more.
+func (fs *FS) namelessXattr(n *Node, get func(fd int, buf []byte) (int, error)) ([]byte, error) {
+	buf := make([]byte, 64<<10) // the most that the kernel gives
 	size := 0
 	err := fs.withObject(n, func(o object) (err error) {
-		size, err = unix.Fgetxattr(o.fd, name, buf)
+		size, err = get(o.fd, buf)
 		return err
 	})
 	if errors.Is(err, unix.ESTALE) {
 		err = unix.ENODATA
 	}
-	return buf[:size], err
+	if err != nil {
+		return nil, err
+	}
+	return buf[:size], nil
 }
 
 // Listxattr names the attributes, overlay's own left out.
 func (fs *FS) Listxattr(n *Node) ([]string, error) {
 	fs.tree.RLock()
 	defer fs.tree.RUnlock()
-	if n.dead {
-		return nil, nil
-	}
-	l, path, err := fs.xattrAt(n)
-	if err != nil {
-		return nil, err
-	}
-	stored, err := l.Listxattr(path)
+	stored, err := fs.listStored(n)
 	if err != nil {
 		return nil, err
 	}
@@ -86,6 +83,21 @@ func (fs *FS) Listxattr(n *Node) ([]string, error) {
 		}
 	}
 	return names, nil
+}
+
+func (fs *FS) listStored(n *Node) ([]string, error) {
+	if n.dead && n.upper {
+		list, err := fs.namelessXattr(n, unix.Flistxattr)
+		if errors.Is(err, unix.ENODATA) || len(list) == 0 {
+			return nil, nil
+		}
+		return strings.Split(strings.TrimSuffix(string(list), "\x00"), "\x00"), err
+	}
+	l, path, err := fs.xattrAt(n)
+	if err != nil {
+		return nil, err
+	}
+	return l.Listxattr(path)
 }
 
 // Setxattr sets an attribute; flags are XATTR_CREATE and XATTR_REPLACE. killSGID: the caller sets an ACL and may not
@@ -119,9 +131,11 @@ func (fs *FS) changeXattr(n *Node, change func(object) error) error {
 	}
 	fs.tree.RLock()
 	defer fs.tree.RUnlock()
-	n.privClean.Store(false)
 	n.defACL.Store(aclUnknown)
-	return fs.withObject(n, change)
+	return fs.withObject(n, func(o object) error {
+		n.privClean.Store(false) // under the lock that dropPriv finds it clean under
+		return change(o)
+	})
 }
 
 // What is known of a directory's default ACL, which decides whether new objects get the umask or the ACL.
