@@ -15,7 +15,7 @@ func (f *File) Sync() error {
 		return unix.EBADF
 	}
 	synced, err := f.commitLocked()
-	if synced || f.syncErr != nil {
+	if synced || f.broken != nil {
 		return err
 	}
 	return errors.Join(err, f.syncStore())
@@ -39,8 +39,8 @@ func (f *File) commitLocked() (synced bool, err error) {
 	if f.plain.Load() {
 		return false, nil
 	}
-	if f.syncErr != nil {
-		return false, f.syncErr
+	if f.broken != nil {
+		return false, f.broken
 	}
 	copyErr := f.completeAll()
 	size, err := f.stage()
@@ -76,13 +76,13 @@ func (f *File) syncStore() error {
 	if f.e.opts.Volatile {
 		return nil
 	}
-	if f.syncErr != nil {
-		return f.syncErr
+	if f.broken != nil {
+		return f.broken
 	}
 	if err := f.s.Sync(); err != nil {
 		f.e.fail("syncing the upper file of inode %d: %v", f.ino(), err)
 		if !f.plain.Load() {
-			f.syncErr = err
+			f.broken = err
 		}
 		return err
 	}

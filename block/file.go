@@ -36,7 +36,7 @@ type File struct {
 
 	commitMu sync.Mutex
 	hdr      Header // what is on disk; under commitMu. hdr.Kernel: nothing of ours is on disk yet
-	syncErr  error  // a failed fsync: nothing says any more what the disk holds; under commitMu
+	broken   error  // a failed fsync or the like: nothing says any more what the disk holds; under commitMu
 	fullTo   int64  // regions below this one are all Upper; under commitMu
 
 	shape     sync.RWMutex

@@ -536,3 +536,67 @@ func TestHugeUpperFile(t *testing.T) {
 		}
 	}
 }
+
+// TestRefusedTruncation: a truncation that the upper file refuses half-way leaves neither the new length with old bytes
+// behind it, nor a header that says more than was done.
+func TestRefusedTruncation(t *testing.T) {
+	everyFormat(t, func(t *testing.T, o Options) {
+		for _, to := range []int64{0, 10_000} {
+			for _, committed := range []bool{false, true} {
+				refusedTruncation(t, o, to, committed)
+			}
+		}
+	})
+}
+
+func refusedTruncation(t *testing.T, o Options, to int64, committed bool) {
+	low := &memLower{data: testContent(64 << 10), mtime: 5}
+	e := newEngine(t, o)
+	store := newCrashStore(nil)
+	f := store.sketch(t, e, low)
+	want := bytes.Clone(low.data)
+	p := bytes.Repeat([]byte{'x'}, 20_000)
+	if _, err := f.WriteAt(p, 4096); err != nil {
+		t.Fatal(err)
+	}
+	copy(want[4096:], p)
+	if committed {
+		if err := f.Sync(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	store.mu.Lock()
+	store.fail = func(op string, n int) (int, error) {
+		if op == "truncate" || op == "fallocate" {
+			return 0, unix.EIO
+		}
+		return n, nil
+	}
+	store.mu.Unlock()
+	if err := f.Truncate(to); !errors.Is(err, unix.EIO) {
+		t.Errorf("truncate to %d, committed %v: %v", to, committed, err)
+	}
+	store.mu.Lock()
+	store.fail = nil
+	store.mu.Unlock()
+	want = want[:f.Size()]
+	expectContent(t, f, want)
+	want = append(want, make([]byte, 30_000)...)
+	if _, err := f.WriteAt([]byte("end"), int64(len(want))); err != nil {
+		t.Fatal(err)
+	}
+	want = append(want, "end"...)
+	expectContent(t, f, want)
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := e.Open(store, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expectContent(t, f, want)
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+	checkClean(t, newCrashStore(store.live), low.open)
+}

@@ -37,17 +37,31 @@ func (f *File) Truncate(size int64) error {
 // empty makes the sketch an ordinary file of length 0: nothing of the lower file is visible any more. The caller holds
 // commitMu and shape.
 func (f *File) empty() error {
-	h := f.hdr
-	if !h.Kernel {
+	old := f.hdr
+	if !old.Kernel {
+		h := old
 		h.Complete, h.Size, h.Limit, h.TablePages, h.TablePos = true, 0, 0, 0, 0
 		if err := f.setHeader(h); err != nil {
 			return err
 		}
 	}
 	if err := f.s.Truncate(0); err != nil {
-		return err
+		return errors.Join(err, f.restoreHeader(old))
 	}
 	return f.becomePlain()
+}
+
+// restoreHeader takes back a header whose next step was refused. If that is refused too, memory and disk say different
+// things of the file: nothing is committed any more.
+func (f *File) restoreHeader(old Header) error {
+	if old == f.hdr {
+		return nil
+	}
+	err := f.setHeader(old)
+	if err != nil {
+		f.hdr, f.broken = old, err
+	}
+	return err
 }
 
 // shrink cuts the sketch to size, which is less than the logical size. The header is written before anything is thrown
@@ -172,8 +186,8 @@ func (f *File) roomLocked(end, size int64) error {
 // moveTable writes the table at pos with room for npages, and only when it is on disk there points the header to it and
 // frees the old place. On failure the old table stays in force. The caller holds commitMu and shape.
 func (f *File) moveTable(pos, npages int64) error {
-	if f.syncErr != nil {
-		return f.syncErr
+	if f.broken != nil {
+		return f.broken
 	}
 	f.tab.mu.Lock()
 	moved, err := f.tab.movedTo(f.s, pos, npages)
@@ -219,6 +233,9 @@ func (f *File) moveTable(pos, npages int64) error {
 func (f *File) cleanTail() error {
 	size := f.size.Load()
 	err := f.quietly(func() error {
+		if f.bound == unbounded {
+			return f.s.Truncate(size) // no table behind the data: the upper file ends where the sketch does
+		}
 		if f.format == Sparse {
 			return f.discard(size, min(f.bound, max(f.tab.pos, size)))
 		}
