@@ -69,7 +69,9 @@ func (f *File) copyDescriptor(off int64, fd int, srcOff, n int64) (copied int64,
 	copied, err = f.copyKernel(to, off, fd, srcOff, n)
 	partial := f.mark(off, off+copied)
 	f.mu.Unlock()
-	f.grow(off + copied)
+	if copied > 0 {
+		f.grow(off + copied)
+	}
 	return copied, f.follow(partial, off, off+copied, err)
 }
 

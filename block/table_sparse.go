@@ -60,14 +60,13 @@ func tablePlace(end, slack int64) int64 {
 // that the bytes of a table are never taken for data. size is a logical size whose bytes are on disk. The caller holds
 // commitMu.
 func (f *File) placeTable(size int64) error {
-	f.shape.Lock()
-	pos := tablePlace(max(f.limit, f.size.Load()), max(f.limit, f.size.Load())/8)
-	f.bound = pos
-	f.shape.Unlock()
+	pos, err := f.reservePlace()
+	if err != nil {
+		return err
+	}
 	h := f.hdr
 	h.TablePos, h.TablePages, h.Size = pos, max(1, ceilDiv(f.blocks(), bitsPerPage)), size
-	err := f.setHeader(h)
-	if err != nil {
+	if err := f.setHeader(h); err != nil {
 		f.shape.Lock()
 		f.bound = unbounded
 		f.shape.Unlock()
@@ -78,6 +77,20 @@ func (f *File) placeTable(size int64) error {
 	end := f.tab.end()
 	f.tab.mu.Unlock()
 	return f.quietly(func() error { return f.s.Truncate(end) })
+}
+
+// reservePlace keeps data away from where the first bitmap will lie.
+func (f *File) reservePlace() (pos int64, err error) {
+	f.shape.Lock()
+	defer f.shape.Unlock()
+	if !f.tailClean { // a refused truncation left bytes behind the end, which must not be taken for a table
+		if err := f.cleanTail(); err != nil {
+			return 0, err
+		}
+	}
+	end := max(f.limit, f.size.Load())
+	f.bound = tablePlace(end, end/8)
+	return f.bound, nil
 }
 
 // discard makes [off, end) of the upper file read as zeros, without the space where the filesystem can.

@@ -600,3 +600,58 @@ func refusedTruncation(t *testing.T, o Options, to int64, committed bool) {
 	}
 	checkClean(t, newCrashStore(store.live), low.open)
 }
+
+// TestRefusedTableMove: a table that was moved half-way leaves nothing that a later, longer file shows.
+func TestRefusedTableMove(t *testing.T) {
+	low := &memLower{data: testContent(64 << 10), mtime: 5}
+	e := newEngine(t, Options{CaW: CaWLazy})
+	store := newCrashStore(nil)
+	f := store.sketch(t, e, low)
+	if _, err := f.WriteAt([]byte("x"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	store.fail = func(op string, n int) (int, error) {
+		if op == "header" {
+			return 0, unix.ENOSPC
+		}
+		return n, nil
+	}
+	far := f.bound + 4096
+	if n, err := f.WriteAt([]byte("refused"), far); n != 0 || !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("write that moves the table: %d, %v", n, err)
+	}
+	store.fail = nil
+	want := append(bytes.Clone(low.data), make([]byte, 3*far-int64(len(low.data)))...)
+	want[0] = 'x'
+	if _, err := f.WriteAt([]byte("end"), 3*far); err != nil {
+		t.Fatal(err)
+	}
+	want = append(want, "end"...)
+	expectContent(t, f, want)
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, newCrashStore(store.live), low.open)
+}
+
+// TestRefusedWriteMovesNoEnd: a write behind the end that the upper file refuses leaves the length alone.
+func TestRefusedWriteMovesNoEnd(t *testing.T) {
+	everyFormat(t, func(t *testing.T, o Options) {
+		low := &memLower{data: testContent(10_000), mtime: 5}
+		e := newEngine(t, o)
+		store := newCrashStore(nil)
+		f := store.sketch(t, e, low)
+		store.fail = func(string, int) (int, error) { return 0, unix.ENOSPC }
+		if n, err := f.WriteAt([]byte("refused"), 50_000); n != 0 || !errors.Is(err, unix.ENOSPC) {
+			t.Errorf("write: %d, %v", n, err)
+		}
+		store.fail = nil
+		expectContent(t, f, low.data)
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}

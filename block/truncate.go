@@ -197,6 +197,11 @@ func (f *File) moveTable(pos, npages int64) error {
 	}
 	return f.quietly(func() error {
 		if f.format == Sparse {
+			// Nothing of ours lies behind the old table, but an earlier move that did not get to its header may have left
+			// pages there.
+			if err := f.s.Truncate(f.tab.end()); err != nil {
+				return err
+			}
 			if err := f.s.Truncate(moved.end()); err != nil {
 				return err
 			}

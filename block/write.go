@@ -28,7 +28,9 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 		return f.writeUpper(p, off)
 	}
 	n, err := f.write(p, off)
-	f.grow(off + int64(n))
+	if n > 0 { // a write that was refused does not move the end
+		f.grow(off + int64(n))
+	}
 	return n, err
 }
 
