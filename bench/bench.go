@@ -50,6 +50,7 @@ type run struct {
 	ctx    context.Context
 	lower  string // the generated layer
 	serial int
+	keep   bool // leave the upper layers of finished mounts until the end
 	report Report
 }
 
@@ -152,7 +153,7 @@ func (r *run) contenders(all ...contender) []contender {
 	})
 }
 
-// on runs f over a fresh mount of the layer. The upper layer is removed afterwards, unmeasured.
+// on runs f over a fresh mount of the layer. The upper layer is removed afterwards, unmeasured, unless r.keep.
 func (r *run) on(c contender, f func(m *rival.Mount) error) error {
 	base, err := r.keep(c, f)
 	return errors.Join(err, os.RemoveAll(base))

@@ -34,7 +34,7 @@ func TestServerLeaksNothing(t *testing.T) {
 			}
 			return nil
 		})
-		for round := 1; round <= 3; round++ {
+		for round := 1; round <= 2; round++ {
 			workload(t, m, round)
 		}
 		eventually(t, "coming to rest again", func() error {
@@ -53,7 +53,7 @@ func TestServerLeaksNothing(t *testing.T) {
 // workload makes, opens, maps, renames, links and removes files of all kinds.
 func workload(t *testing.T, m *mnt.T, round int) {
 	t.Helper()
-	for i := range 100 {
+	for i := range 50 {
 		p := m.Path(fmt.Sprintf("d%d/f%d", i%5, i))
 		check(t, patch(p, "x", int64(i*50)))
 		fd, err := unix.Open(p, unix.O_RDWR|unix.O_CLOEXEC, 0)
@@ -118,7 +118,7 @@ func sketchesOpen(t *testing.T, m *mnt.T) int {
 // The kernel forgets many inodes at once (BATCH_FORGET): the server's memory must stay bounded, and what is looked up
 // again is the same.
 func TestTrapForgetStormsAreBounded(t *testing.T) {
-	const n = 20_000
+	const n = 10_000
 	lower := mnt.Dirs(t, "lower")[0]
 	for d := range 100 {
 		sub := filepath.Join(lower, fmt.Sprint(d))
@@ -130,7 +130,7 @@ func TestTrapForgetStormsAreBounded(t *testing.T) {
 	m := mnt.Start(t, rival.Config{System: rival.Lamina, Lowers: []string{lower}})
 	pid := server(t, m)
 	first, _ := walk(m.Dir)
-	for range 4 {
+	for range 3 {
 		check(t, os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0))
 		if again, failed := walk(m.Dir); again != first || len(failed) > 0 {
 			t.Fatalf("%d objects, %d before (%v)", again, first, failed)
