@@ -50,7 +50,6 @@ type run struct {
 	ctx    context.Context
 	lower  string // the generated layer
 	serial int
-	keep   bool // leave the upper layers of finished mounts until the end
 	report Report
 }
 
@@ -153,7 +152,7 @@ func (r *run) contenders(all ...contender) []contender {
 	})
 }
 
-// on runs f over a fresh mount of the layer. The upper layer is removed afterwards, unmeasured, unless r.keep.
+// on runs f over a fresh mount of the layer. The upper layer is removed afterwards, unmeasured.
 func (r *run) on(c contender, f func(m *rival.Mount) error) error {
 	base, err := r.keep(c, f)
 	return errors.Join(err, os.RemoveAll(base))
