@@ -146,7 +146,7 @@ func (fs *FS) prepare(n *Node, truncate bool) (*prepared, error) {
 		err = fs.setOrigin(p, key{l.FS(), st.Ino})
 	}
 	if err == nil && fs.cfg.Index && st.Nlink > 1 {
-		err = p.setxattr(fs, fs.prefix+layer.XattrNlink, fmt.Appendf(nil, "U%+d", int64(st.Nlink)-2))
+		err = p.setxattr(fs, fs.prefix+layer.XattrNlink, fmt.Appendf(nil, "=%d", st.Nlink))
 	}
 	if err == nil {
 		err = p.setTimes(fs, st.Atim, st.Mtim)
@@ -312,19 +312,30 @@ func (fs *FS) place(n *Node, p *prepared) error {
 		return err
 	}
 	if fs.hasSeveralNames(n) {
-		if err := fs.link(p, fs.work, indexPath(n.key)); err != nil {
-			return err
-		}
-		delta, err := fs.readDelta(indexPath(n.key))
-		if err != nil {
-			return err
-		}
-		n.indexed, n.delta = true, delta
-		return fs.keepTimes(l.dir, func(dir string) error {
-			return layer.LinkBetween(fs.work, indexPath(n.key), fs.upper, join(dir, l.name))
-		})
+		return fs.placeIndexed(n, p, l)
 	}
 	return fs.keepTimes(l.dir, func(dir string) error { return fs.link(p, fs.upper, join(dir, l.name)) })
+}
+
+// placeIndexed is place for a file with several names. The index's link comes first: from there on every name shows the
+// upper file.
+func (fs *FS) placeIndexed(n *Node, p *prepared, l link) error {
+	index := indexPath(n.key)
+	if err := fs.link(p, fs.work, index); err != nil {
+		return err
+	}
+	err := fs.keepTimes(l.dir, func(dir string) error {
+		return layer.LinkBetween(fs.work, index, fs.upper, join(dir, l.name))
+	})
+	if err == nil {
+		n.delta, n.absolute, err = fs.nlinkOf(index, 2)
+	}
+	if err != nil {
+		fs.discardFile(index)
+		return err
+	}
+	n.indexed = true
+	return nil
 }
 
 func (fs *FS) link(p *prepared, d *layer.Dir, path string) error {

@@ -307,6 +307,9 @@ func (fs *FS) Link(n, dir *Node, name string) (*Node, error) {
 	if err := fs.copyUpDir(dir); err != nil {
 		return nil, err
 	}
+	if err := fs.relate(n); err != nil {
+		return nil, err
+	}
 	if n.isSketch() {
 		if err := fs.setRedirect(n); err != nil {
 			return nil, err

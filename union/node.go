@@ -18,18 +18,19 @@ type Node struct {
 	cu sync.Mutex
 
 	// Guarded by FS.tree.
-	upper   bool
-	upIno   uint64     // inode number of the upper object
-	indexed bool       // the upper object also has a name in the index, and is reached by it
-	delta   int64      // indexed: names of the union minus links of the upper inode
-	stack   []lowerRef // directories: what is merged, topmost first; files: where the data lies
-	lpath   string     // where the lower counterpart is found from the roots of the lower layers
-	xwh     bool       // directory whose upper part may hold whiteouts that are regular files
-	redir   bool       // the upper object carries an absolute overlay.redirect
-	dead    bool       // no name is left; changed with mu held too, so that either lock will do for reading
-	unborn  bool       // dead because it has no name yet (O_TMPFILE)
-	last    Attr       // what stat said when it died
-	unsyncd bool       // the name in the upper layer came by copy-up and was not yet synced
+	upper    bool
+	upIno    uint64     // inode number of the upper object
+	indexed  bool       // the upper object also has a name in the index, and is reached by it
+	delta    int64      // indexed: names of the union minus links of the upper inode
+	absolute bool       // indexed: the count is stored as a number, see index.go
+	stack    []lowerRef // directories: what is merged, topmost first; files: where the data lies
+	lpath    string     // where the lower counterpart is found from the roots of the lower layers
+	xwh      bool       // directory whose upper part may hold whiteouts that are regular files
+	redir    bool       // the upper object carries an absolute overlay.redirect
+	dead     bool       // no name is left; changed with mu held too, so that either lock will do for reading
+	unborn   bool       // dead because it has no name yet (O_TMPFILE)
+	last     Attr       // what stat said when it died
+	unsyncd  bool       // the name in the upper layer came by copy-up and was not yet synced
 
 	// Guarded by nodeTable. For directories links has one entry and changes only with tree held for writing.
 	links []link

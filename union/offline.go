@@ -153,7 +153,7 @@ func (fs *FS) checkWork(repair bool, report func(Finding)) error {
 		if err != nil {
 			return err
 		}
-		delta, err := fs.readDelta(path)
+		delta, _, err := fs.nlinkOf(path, st.Nlink)
 		switch {
 		case err != nil:
 			f.What = err.Error()
@@ -399,15 +399,13 @@ func (fs *FS) linkIndexed(dir *Node) error {
 			err = fs.linkIndexed(n)
 		case n.indexed && !inUpper:
 			if err = fs.copyUpDir(dir); err == nil {
-				err = fs.keepTimes(dir, func(path string) error {
-					return layer.LinkBetween(fs.work, indexPath(n.key), fs.upper, join(path, e.Name))
-				})
+				err = fs.keepTimes(dir, func(path string) error { return fs.linkUp(n, join(path, e.Name)) })
+			}
+			if err == nil {
+				err = fs.relate(n)
 			}
 			if err == nil && n.isSketch() {
 				err = fs.setRedirect(n)
-			}
-			if err == nil {
-				err = fs.addDelta(n, -1)
 			}
 		}
 		fs.Forget(n.id, 1)

@@ -75,6 +75,12 @@ func (fs *FS) unlink(dir *Node, name string) (*Node, error) {
 	if err != nil {
 		last = f.st // damaged, but still to be removed
 	}
+	if n.indexed {
+		inUpper, err = true, fs.beforeUnlink(n, dir, name, inUpper)
+		if err != nil {
+			return nil, err
+		}
+	}
 	if inUpper {
 		err = fs.removeUpper(dir, name)
 	} else if err = fs.copyUpDir(dir); err == nil {
@@ -84,7 +90,21 @@ func (fs *FS) unlink(dir *Node, name string) (*Node, error) {
 		return nil, err
 	}
 	dir.list.Store(nil)
-	return nil, fs.unnamed(n, dir, name, inUpper, last)
+	fs.unnamed(n, dir, name, last)
+	return nil, nil
+}
+
+// beforeUnlink sees to it that taking a name of an indexed file away is one step that changes both link counts.
+func (fs *FS) beforeUnlink(n, dir *Node, name string, inUpper bool) error {
+	if !inUpper {
+		if err := fs.copyUpDir(dir); err != nil {
+			return err
+		}
+		if err := fs.linkUp(n, join(dir.path(), name)); err != nil {
+			return err
+		}
+	}
+	return fs.relate(n)
 }
 
 // removeUpper removes a file of the upper layer, leaving a whiteout where the lower layers have the name too.
@@ -109,11 +129,7 @@ func (fs *FS) removeUpper(dir *Node, name string) error {
 }
 
 // unnamed records that a file lost a name. was: its attributes before. The caller holds tree for writing.
-func (fs *FS) unnamed(n, dir *Node, name string, inUpper bool, was Attr) error {
-	var err error
-	if n.indexed && !inUpper {
-		err = fs.addDelta(n, -1)
-	}
+func (fs *FS) unnamed(n, dir *Node, name string, was Attr) {
 	left := was.Nlink - 1
 	if !n.upper && !fs.cfg.Index {
 		left = 0 // without an index a lower name is a file of its own
@@ -121,7 +137,7 @@ func (fs *FS) unnamed(n, dir *Node, name string, inUpper bool, was Attr) error {
 	if left == 0 {
 		n.die(was)
 		if n.indexed {
-			err = firstError(err, fs.work.Unlink(indexPath(n.key)))
+			fs.discardFile(indexPath(n.key))
 		}
 	}
 	fs.tab.Lock()
@@ -130,7 +146,6 @@ func (fs *FS) unnamed(n, dir *Node, name string, inUpper bool, was Attr) error {
 		fs.unshare(n) // the inode number may be given to a new file
 	}
 	fs.tab.Unlock()
-	return err
 }
 
 // die marks a node that has no name any more. Open descriptors go on. The caller holds tree for writing.

@@ -155,8 +155,13 @@ func (r *rename) prepare() error {
 	if r.exchange {
 		return r.raise(&r.new, &r.old)
 	}
-	if d := r.new.n; d != nil && isDir(d.mode) && d.upper {
+	switch d := r.new.n; {
+	case d == nil:
+		return nil
+	case isDir(d.mode) && d.upper:
 		return fs.emptyUpper(d, r.new.path)
+	case d.indexed:
+		return fs.beforeUnlink(d, r.new.dir, r.new.name, r.new.inUpper)
 	}
 	return nil
 }
@@ -181,13 +186,10 @@ func (r *rename) raise(p, q *place) error {
 		return fs.setRedirect(n)
 	}
 	if !p.inUpper { // a name of an indexed file that was copied up under another name
-		if err := layer.LinkBetween(fs.work, indexPath(n.key), fs.upper, p.path); err != nil {
+		if err := fs.linkUp(n, p.path); err != nil {
 			return err
 		}
 		p.inUpper = true
-		if err := fs.addDelta(n, -1); err != nil {
-			return err
-		}
 	}
 	if n.isSketch() {
 		return fs.setRedirect(n)
@@ -235,7 +237,8 @@ func (r *rename) move() error {
 		fs.tab.Unlock()
 		return nil
 	}
-	return fs.unnamed(d, r.new.dir, r.new.name, r.new.inUpper, was)
+	fs.unnamed(d, r.new.dir, r.new.name, was)
+	return nil
 }
 
 // rename moves the upper object in one step, leaving a whiteout behind where the lower layers have the old name.

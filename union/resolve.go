@@ -313,6 +313,7 @@ func (fs *FS) adopt(dir *Node, name string, f *found) (*Node, error) {
 		}
 	}
 	var delta int64
+	absolute := false
 	if f.upper && !indexed && fs.cfg.Index && f.st.Nlink > 1 {
 		if st, err := fs.work.Stat(indexPath(k)); err == nil && st.Ino == f.st.Ino {
 			indexed = true
@@ -320,7 +321,7 @@ func (fs *FS) adopt(dir *Node, name string, f *found) (*Node, error) {
 	}
 	if indexed {
 		var err error
-		if delta, err = fs.readDelta(indexPath(k)); err != nil {
+		if delta, absolute, err = fs.nlinkOf(indexPath(k), f.st.Nlink); err != nil {
 			return nil, err
 		}
 	}
@@ -331,7 +332,7 @@ func (fs *FS) adopt(dir *Node, name string, f *found) (*Node, error) {
 		n.addLink(dir, name)
 		return n, nil
 	}
-	n := &Node{fs: fs, ino: fs.inoOf(k.fs, k.ino), mode: f.st.Mode & unix.S_IFMT, key: k, upper: f.upper, stack: f.stack, lpath: f.lpath, refs: 1, indexed: indexed, delta: delta}
+	n := &Node{fs: fs, ino: fs.inoOf(k.fs, k.ino), mode: f.st.Mode & unix.S_IFMT, key: k, upper: f.upper, stack: f.stack, lpath: f.lpath, refs: 1, indexed: indexed, delta: delta, absolute: absolute}
 	if k == (key{}) {
 		n.ino = fs.inoOf(own.fs, own.ino)
 	}

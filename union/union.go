@@ -133,6 +133,9 @@ func (fs *FS) prepareWork() error {
 	if err := removeContents(fs.work, tmpDir); err != nil {
 		return fmt.Errorf("workdir %s: cannot remove leftovers: %w", fs.work.Name(), err)
 	}
+	if err := fs.dropNameless(); err != nil {
+		return fmt.Errorf("workdir %s: cannot clean the index: %w", fs.work.Name(), err)
+	}
 	fd, err := fs.work.Tmpfile(tmpDir, 0o600)
 	switch {
 	case err == nil:
