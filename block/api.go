@@ -59,7 +59,7 @@ type CaW uint8
 
 const (
 	CaWEager CaW = iota // soon, in the background
-	CaWLazy             // when somebody reads the block, syncs or settles the file
+	CaWLazy             // when somebody reads the block or syncs the file, when it settles, and every Options.CommitInterval
 	CaWSync             // before the write returns: classic copy-on-write by block, for comparison
 )
 
@@ -68,7 +68,7 @@ type Fill uint8
 
 const (
 	FillNone Fill = iota // never
-	FillIdle             // settled files that lack at most one block in nine are completed
+	FillIdle             // settled files that lack at most one block in nine are completed, and those to which as much was written as they lack
 )
 
 // Format of a sketch, as docs/format.md gives it.

@@ -23,13 +23,18 @@ func (f *File) Sync() error {
 
 // commit puts what is not yet there on disk. A file that has nothing new is left alone.
 func (f *File) commit() error {
+	_, err := f.commitNew()
+	return err
+}
+
+// commitNew is commit, and says whether there was something new.
+func (f *File) commitNew() (wrote bool, err error) {
 	f.commitMu.Lock()
 	defer f.commitMu.Unlock()
 	if f.closed.Load() {
-		return nil
+		return false, nil
 	}
-	_, err := f.commitLocked()
-	return err
+	return f.commitLocked()
 }
 
 // commitLocked is commit with commitMu held. synced: everything written before the call is on disk.

@@ -9,8 +9,9 @@ const (
 	// copyDelay lets the writes that follow a partial one arrive first: sequential small writes then fill their blocks
 	// by themselves, and nothing is copied.
 	copyDelay = 5 * time.Millisecond
-	// retryDelay is how long blocks that could not be copied wait for the next attempt.
-	retryDelay = 2 * time.Second
+	// retryDelay is how long blocks that could not be copied wait for the next attempt; it doubles maxRetryShift times.
+	retryDelay    = 2 * time.Second
+	maxRetryShift = 5
 	// hurryBlocks InTransit blocks of a mount make the copier start at once; at maxInTransit writers copy for themselves.
 	hurryBlocks  = 4096
 	maxInTransit = 1 << 16
@@ -182,8 +183,14 @@ func (f *File) copyQueued() {
 		return
 	}
 	err := f.completeAll()
-	if err != nil && !f.closed.Load() {
-		f.e.fail("copying to the sketch of inode %d, tried again later: %v", f.ino(), err)
-		time.AfterFunc(retryDelay, func() { f.e.enqueue(f) })
+	if f.closed.Load() {
+		return
 	}
+	f.report("copying to", err)
+	if err == nil {
+		f.retries.Store(0)
+		return
+	}
+	delay := retryDelay << min(f.retries.Add(1)-1, maxRetryShift)
+	time.AfterFunc(delay, func() { f.e.enqueue(f) })
 }

@@ -71,6 +71,7 @@ func (f *File) copyDescriptor(off int64, fd int, srcOff, n int64) (copied int64,
 	f.mu.Unlock()
 	if copied > 0 {
 		f.grow(off + copied)
+		f.written.Add(copied)
 	}
 	return copied, f.follow(partial, off, off+copied, err)
 }

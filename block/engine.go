@@ -2,7 +2,9 @@ package block
 
 import (
 	"fmt"
+	"maps"
 	"math/bits"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,6 +16,8 @@ const (
 	defaultBlockSize   = 4096
 	defaultWorkers     = 2
 	defaultSettleDelay = 5 * time.Second
+	// defaultCommitInterval is how long kernels leave written pages in memory (vm.dirty_expire_centisecs).
+	defaultCommitInterval = 30 * time.Second
 	// maxWaiting files that wait to be settled make the engine start without delay.
 	maxWaiting = 1024
 )
@@ -27,6 +31,9 @@ type Options struct {
 	Volatile    bool          // never sync
 	Workers     int           // background copiers; 0: 2
 	SettleDelay time.Duration // from the last close to the table on disk; 0: 5 s
+	// CommitInterval is how often sketches that are open are put on disk, InTransit blocks and table, whatever their
+	// CaW mode; a power cut costs a file that nobody syncs no more than this. 0: 30 s.
+	CommitInterval time.Duration
 	// Logf receives one line per event that an operator must know of; nil: nobody is told.
 	Logf func(format string, args ...any)
 }
@@ -44,6 +51,9 @@ func (o Options) check() (Options, error) {
 	}
 	if o.SettleDelay <= 0 {
 		o.SettleDelay = defaultSettleDelay
+	}
+	if o.CommitInterval <= 0 {
+		o.CommitInterval = defaultCommitInterval
 	}
 	if o.Logf == nil {
 		o.Logf = func(string, ...any) {}
@@ -72,6 +82,7 @@ type Stats struct {
 	Upper            int64
 	Queue            int64 // files that wait for the copier
 	Settling         int64 // closed files whose tables are not yet on disk
+	Commits          int64 // times that an open file was found with something new after CommitInterval, and put on disk
 	BytesNotCopied   int64 // of lower files, which copying them up whole would have copied
 	BytesCopied      int64
 	Errors           int64 // failed copies, syncs and settlements; damage found
@@ -94,7 +105,7 @@ type Engine struct {
 
 	inTransit                               atomic.Int64
 	created, createdBytes, copied, complete atomic.Int64
-	errs                                    atomic.Int64
+	commits, errs                           atomic.Int64
 }
 
 // NewEngine starts the workers of one mount. It panics on options that Validate refuses.
@@ -204,11 +215,8 @@ func tablePages(f Format, blocks int64) int64 {
 
 // Stats reads the tables of all open sketches: not for every second.
 func (e *Engine) Stats() Stats {
+	files := e.openFiles()
 	e.mu.Lock()
-	files := make([]*File, 0, len(e.files))
-	for f := range e.files {
-		files = append(files, f)
-	}
 	st := Stats{Files: int64(len(files)), Queue: int64(len(e.queue)), Settling: int64(len(e.waiting))}
 	e.mu.Unlock()
 	for _, f := range files {
@@ -221,12 +229,21 @@ func (e *Engine) Stats() Stats {
 	}
 	st.BytesCopied = e.copied.Load()
 	st.BytesNotCopied = max(0, e.createdBytes.Load()-st.BytesCopied)
-	st.Errors = e.errs.Load()
+	st.Commits, st.Errors = e.commits.Load(), e.errs.Load()
 	st.SketchesCreated, st.SketchesComplete = e.created.Load(), e.complete.Load()
 	return st
 }
 
-// Close settles every open File, stops the workers and returns the first error. The Files stay open: close them after.
+// openFiles returns the files that are open now.
+func (e *Engine) openFiles() []*File {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Collect(maps.Keys(e.files))
+}
+
+// Close settles every open File, stops the workers and returns the first error. Whatever cannot be put on disk is named
+// in the log, block range by block range: it is lost unless a later Sync of the File succeeds. The Files stay open:
+// close them after.
 func (e *Engine) Close() error {
 	e.mu.Lock()
 	if e.closing {
@@ -240,16 +257,17 @@ func (e *Engine) Close() error {
 	e.wg.Wait()
 
 	first := e.settleRest()
-	e.mu.Lock()
-	files := make([]*File, 0, len(e.files))
-	for f := range e.files {
-		files = append(files, f)
-	}
-	e.mu.Unlock()
-	for _, f := range files {
-		if err := f.commit(); err != nil && first == nil {
+	for _, f := range e.openFiles() {
+		if err := f.lastCommit(); err != nil && first == nil {
 			first = err
 		}
 	}
 	return first
+}
+
+// ended says whether Close was called: nothing is tried later any more.
+func (e *Engine) ended() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.closing
 }

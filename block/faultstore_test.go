@@ -123,6 +123,13 @@ func (s *crashStore) sketch(t testing.TB, e *Engine, low *memLower) *File {
 	return f
 }
 
+// power returns what a power cut leaves that takes everything that was not synced.
+func (s *crashStore) power() *image {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.synced.clone()
+}
+
 // crash returns what one power cut could leave: the metadata operations up to a random one, and random sectors.
 func (s *crashStore) crash(r *rand.Rand) *image {
 	s.mu.Lock()

@@ -58,10 +58,14 @@ type File struct {
 
 	times sync.RWMutex
 
-	queued   atomic.Bool // in the copier's queue
-	settling func(*File) // under Engine.mu
-	closed   atomic.Bool
-	logged   sync.Map // damage that was reported already
+	written   atomic.Int64 // bytes that applications wrote since the file was opened as a sketch
+	queued    atomic.Bool  // in the copier's queue
+	retries   atomic.Int32 // copies that failed in a row
+	settling  func(*File)  // under Engine.mu
+	closed    atomic.Bool
+	logged    sync.Map               // damage that was reported already
+	complaint atomic.Pointer[string] // the background failure that was reported last
+	mourned   atomic.Bool            // its losses were named
 }
 
 type lowerFile struct {

@@ -1,6 +1,7 @@
 package block
 
 import (
+	"errors"
 	"math"
 
 	"golang.org/x/sys/unix"
@@ -93,12 +94,17 @@ func (f *File) setHeader(h Header) error {
 }
 
 // Close puts the table on disk and closes the file. If that fails the File stays open, so that nothing written is lost:
-// call Close again, or Abandon it.
+// call Close again, or Abandon it. Once the Engine is closed there is no later: then the File is closed all the same, the
+// error is returned, and the log names what is lost.
 func (f *File) Close() error {
-	if !f.readOnly {
-		if err := f.commit(); err != nil {
-			return err
-		}
+	if f.readOnly {
+		return f.Abandon()
+	}
+	if f.e.ended() {
+		return errors.Join(f.lastCommit(), f.Abandon())
+	}
+	if err := f.commit(); err != nil {
+		return err
 	}
 	return f.Abandon()
 }

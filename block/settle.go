@@ -1,11 +1,18 @@
 package block
 
-import "time"
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+)
 
 // waiting is a file that nobody has open any more and whose table is not known to be on disk.
 type waiting struct {
-	f  *File
-	at time.Time
+	f     *File
+	at    time.Time
+	again bool // settling it has failed before
 }
 
 // Settle is called when the last descriptor of the file is closed. After Options.SettleDelay the engine completes the
@@ -18,16 +25,14 @@ func (f *File) Settle(done func(*File)) {
 	e.mu.Lock()
 	if e.closing {
 		e.mu.Unlock()
-		if err := f.commit(); err != nil {
-			e.fail("settling the sketch of inode %d: %v", f.ino(), err)
-		}
+		_ = f.lastCommit() // which tells the operator; File.Close gives the error to whoever closes the file
 		done(f)
 		return
 	}
 	queued := f.settling != nil
 	f.settling = done
 	if !queued {
-		e.waiting = append(e.waiting, waiting{f, time.Now().Add(e.opts.SettleDelay)})
+		e.waiting = append(e.waiting, waiting{f: f, at: time.Now().Add(e.opts.SettleDelay)})
 	}
 	e.mu.Unlock()
 	e.nudge()
@@ -41,52 +46,91 @@ func (e *Engine) nudge() {
 	}
 }
 
-// settleLoop settles files when their time has come.
+// settleLoop settles files when their time has come, and commits the open ones every CommitInterval, one after another.
 func (e *Engine) settleLoop() {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
+	var due []*File // whose turn to be committed has come
+	commitAt := time.Now().Add(e.opts.CommitInterval)
 	for {
-		e.mu.Lock()
-		closing, next := e.closing, time.Hour
-		var f *File
-		if len(e.waiting) > 0 {
-			next = time.Until(e.waiting[0].at)
-			if next <= 0 || len(e.waiting) > maxWaiting {
-				f, e.waiting = e.waiting[0].f, e.waiting[1:]
-			}
-		}
-		e.mu.Unlock()
-		if closing {
-			if f != nil {
-				e.mu.Lock()
-				e.waiting = append(e.waiting, waiting{f: f})
-				e.mu.Unlock()
-			}
+		f, wait, closing := e.nextSettled()
+		switch untilCommit := time.Until(commitAt); {
+		case closing:
 			return
-		}
-		if f != nil {
+		case f != nil:
 			e.settleOne(f)
-			continue
+		case len(due) > 0:
+			e.commitOpen(due[0])
+			if due = due[1:]; len(due) == 0 {
+				commitAt = time.Now().Add(e.opts.CommitInterval)
+			}
+		case untilCommit <= 0:
+			due = e.openFiles()
+			commitAt = time.Now().Add(e.opts.CommitInterval)
+		default:
+			timer.Reset(min(wait, untilCommit))
+			select {
+			case <-timer.C:
+			case <-e.settle:
+			}
 		}
-		timer.Reset(next)
-		select {
-		case <-timer.C:
-		case <-e.settle:
-		}
+	}
+}
+
+// nextSettled takes the file that has to be settled now off the list; if there is none, wait says how long that stays so.
+func (e *Engine) nextSettled() (f *File, wait time.Duration, closing bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closing || len(e.waiting) == 0 {
+		return nil, time.Hour, e.closing
+	}
+	first := e.waiting[0]
+	wait = time.Until(first.at)
+	if wait > 0 && (first.again || len(e.waiting) <= maxWaiting) {
+		return nil, wait, false
+	}
+	e.waiting = e.waiting[1:]
+	return first.f, 0, false
+}
+
+// commitOpen commits a file that may be in use, so that a power cut costs it no more than CommitInterval.
+func (e *Engine) commitOpen(f *File) {
+	if !f.Sketch() {
+		return
+	}
+	wrote, err := f.commitNew()
+	if wrote {
+		e.commits.Add(1)
+	}
+	f.report("committing", err)
+}
+
+// report tells the operator of a background failure, once until it changes or goes away: such work is tried again and
+// again for as long as the file is open.
+func (f *File) report(what string, err error) {
+	text := ""
+	if err != nil {
+		f.e.errs.Add(1)
+		text = err.Error()
+	}
+	if old := f.complaint.Swap(&text); err != nil && (old == nil || *old != text) {
+		f.e.opts.Logf("%s the sketch of inode %d, tried again later: %v", what, f.ino(), err)
 	}
 }
 
 // settleOne settles f, or lets it wait again if that failed.
 func (e *Engine) settleOne(f *File) {
 	err := f.commit()
-	if err == nil && e.opts.Fill == FillIdle && f.nearlyComplete() {
-		err = f.Complete()
+	f.report("settling", err)
+	if err == nil && e.opts.Fill == FillIdle && f.worthCompleting() {
+		if err := f.Complete(); err != nil { // nothing that was written hangs on it
+			e.fail("completing the sketch of inode %d, which stays one: %v", f.ino(), err)
+		}
 	}
 	e.mu.Lock()
 	if err != nil && !f.closed.Load() {
-		e.waiting = append(e.waiting, waiting{f, time.Now().Add(e.opts.SettleDelay)})
+		e.waiting = append(e.waiting, waiting{f, time.Now().Add(e.opts.SettleDelay), true})
 		e.mu.Unlock()
-		e.fail("settling the sketch of inode %d, tried again later: %v", f.ino(), err)
 		return
 	}
 	done := f.settling
@@ -110,7 +154,7 @@ func (e *Engine) settleRest() (first error) {
 		done := f.settling
 		f.settling = nil
 		e.mu.Unlock()
-		if err := f.commit(); err != nil && first == nil {
+		if err := f.lastCommit(); err != nil && first == nil {
 			first = err
 		}
 		if done != nil {
@@ -122,8 +166,91 @@ func (e *Engine) settleRest() (first error) {
 // fillRest: a file that holds fillRest times as many blocks as it lacks is worth completing when nobody uses it.
 const fillRest = 8
 
-// nearlyComplete says whether fill=idle should finish the file.
-func (f *File) nearlyComplete() bool {
+// worthCompleting says whether fill=idle should finish the file: it is nearly there, or hot, which is that at least as
+// many bytes were written to it since it was opened as completing it would copy.
+func (f *File) worthCompleting() bool {
 	lower, transit, upper := f.States()
-	return f.Sketch() && upper > 0 && lower+transit <= upper/fillRest
+	rest := lower + transit
+	near := upper > 0 && rest <= upper/fillRest
+	hot := rest > 0 && f.written.Load() >= rest<<f.shift
+	return f.Sketch() && (near || hot)
+}
+
+// lastCommit is commit when nothing can be tried later: what it cannot put on disk is named to the operator.
+func (f *File) lastCommit() error {
+	err := f.commit()
+	if err == nil {
+		return nil
+	}
+	err = fmt.Errorf("sketch of inode %d: %w", f.ino(), err)
+	if !f.mourned.Swap(true) {
+		f.nameLosses(err)
+	}
+	return err
+}
+
+// maxLosses ranges of blocks are named, one line each.
+const maxLosses = 16
+
+// nameLosses logs the ranges of blocks that hold bytes which no reader will find again.
+func (f *File) nameLosses(why error) {
+	transit, untold := f.unsaved()
+	for i, r := range append(transit, untold...) {
+		if i == maxLosses {
+			f.e.fail("%d more ranges of blocks: what was written to them since the last sync is lost", len(transit)+len(untold)-i)
+			return
+		}
+		if i < len(transit) {
+			f.e.fail("blocks %d to %d: what was written to them is lost, because the rest of each cannot be copied: %v", r.lo, r.hi, why)
+		} else {
+			f.e.fail("blocks %d to %d: what was written to them since the last sync is lost, because the table cannot be written: %v", r.lo, r.hi, why)
+		}
+	}
+	if len(transit)+len(untold) == 0 {
+		f.e.fail("what was written since the last sync may be lost: %v", why)
+	}
+}
+
+// blockRange is blocks lo to hi, inclusive.
+type blockRange struct{ lo, hi int64 }
+
+// unsaved returns the InTransit blocks, and the blocks that some piece of the table on disk does not know.
+func (f *File) unsaved() (transit, untold []blockRange) {
+	f.shape.RLock()
+	defer f.shape.RUnlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, b := range slices.Sorted(maps.Keys(f.transit)) {
+		if n := len(transit); n > 0 && transit[n-1].hi == b-1 {
+			transit[n-1].hi = b
+		} else {
+			transit = append(transit, blockRange{b, b})
+		}
+	}
+	if f.plain.Load() || f.closed.Load() {
+		return transit, nil
+	}
+	f.tab.mu.Lock()
+	defer f.tab.mu.Unlock()
+	for n, p := range f.dir.all() {
+		if p.Load().dirty.Load() {
+			untold = append(untold, blockRange{n * regionBlocks, (n+1)*regionBlocks - 1})
+		}
+	}
+	per := int64(bitsPerPage)
+	if f.format != Sparse {
+		per = entriesPerPage(f.format)
+	}
+	for i, p := range f.tab.pages {
+		if p.dirty {
+			untold = append(untold, blockRange{i * per, (i+1)*per - 1})
+		}
+	}
+	for i, l := range f.bcow.leaves {
+		if l.dirty {
+			untold = append(untold, blockRange{i * leafEntries, (i+1)*leafEntries - 1})
+		}
+	}
+	slices.SortFunc(untold, func(a, b blockRange) int { return cmp.Compare(a.lo, b.lo) })
+	return transit, untold
 }

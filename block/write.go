@@ -30,6 +30,7 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 	n, err := f.write(p, off)
 	if n > 0 { // a write that was refused does not move the end
 		f.grow(off + int64(n))
+		f.written.Add(int64(n))
 	}
 	return n, err
 }
