@@ -3,7 +3,6 @@ package union
 import (
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"io"
 	"maps"
 	"math/rand/v2"
@@ -355,38 +354,4 @@ func (fs *FS) check(t *testing.T) {
 			t.Errorf("key %v finds node %d, which is forgotten or another", k, n.id)
 		}
 	}
-}
-
-// dump describes every name of the tree.
-func (s *stack) dump() map[string]string {
-	out := map[string]string{}
-	var walk func(path string, n *Node)
-	walk = func(path string, n *Node) {
-		st, err := s.fs.Attr(n)
-		must(s.t, err)
-		mark, err := s.fs.Getxattr(n, "trusted.mark")
-		if !errors.Is(err, unix.ENODATA) {
-			must(s.t, err)
-		}
-		d := fmt.Sprintf("ino %d mode %o nlink %d owner %d size %d mark %v", st.Ino, st.Mode, st.Nlink, st.Uid, st.Size, mark)
-		if isReg(st.Mode) {
-			h, err := s.fs.Open(n, unix.O_RDONLY)
-			must(s.t, err)
-			sum := fnv.New64a()
-			sum.Write([]byte(readAll(s.t, h)))
-			h.Release()
-			d += fmt.Sprintf(" sum %x", sum.Sum64())
-		}
-		if isDir(st.Mode) {
-			d = fmt.Sprintf("ino %d mode %o owner %d mark %v", st.Ino, st.Mode, st.Uid, mark)
-			for _, name := range s.ls(path) {
-				kid, err := s.fs.Lookup(n, name)
-				must(s.t, err)
-				walk(path+"/"+name, kid)
-			}
-		}
-		out[path] = d
-	}
-	walk("", s.fs.Root())
-	return out
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"os"
 	"path/filepath"
@@ -51,7 +52,7 @@ func (s *stack) upper(path string) string { return filepath.Join(s.dir, "upper",
 func (s *stack) work() string             { return filepath.Join(s.dir, "work") }
 
 func (s *stack) config() Config {
-	cfg := Config{Redirect: true, Follow: true, Index: true, Logf: s.t.Logf, Engine: block.NewEngine(block.Options{Format: block.Sparse, Logf: s.t.Logf})}
+	cfg := Config{Redirect: true, Follow: true, Index: true, Logf: s.t.Logf, Engine: newTestEngine(s.t.Logf)}
 	for _, p := range s.lowers {
 		cfg.Lowers = append(cfg.Lowers, openDir(s.t, p, layer.Options{ReadOnly: true}))
 	}
@@ -61,6 +62,10 @@ func (s *stack) config() Config {
 		s.change(&cfg)
 	}
 	return cfg
+}
+
+func newTestEngine(logf func(string, ...any)) *block.Engine {
+	return block.NewEngine(block.Options{Logf: logf})
 }
 
 func (s *stack) mount() {
@@ -253,6 +258,40 @@ func (s *stack) wantRead(path, want string) {
 	if got := s.read(path); got != want {
 		s.t.Errorf("%s reads %.40q (%d bytes), want %.40q (%d bytes)", path, got, len(got), want, len(want))
 	}
+}
+
+// dump describes every name of the tree.
+func (s *stack) dump() map[string]string {
+	out := map[string]string{}
+	var walk func(path string, n *Node)
+	walk = func(path string, n *Node) {
+		st, err := s.fs.Attr(n)
+		must(s.t, err)
+		mark, err := s.fs.Getxattr(n, "trusted.mark")
+		if !errors.Is(err, unix.ENODATA) {
+			must(s.t, err)
+		}
+		d := fmt.Sprintf("ino %d mode %o nlink %d owner %d size %d mark %v", st.Ino, st.Mode, st.Nlink, st.Uid, st.Size, mark)
+		if isReg(st.Mode) {
+			h, err := s.fs.Open(n, unix.O_RDONLY)
+			must(s.t, err)
+			sum := fnv.New64a()
+			sum.Write([]byte(readAll(s.t, h)))
+			h.Release()
+			d += fmt.Sprintf(" sum %x", sum.Sum64())
+		}
+		if isDir(st.Mode) {
+			d = fmt.Sprintf("ino %d mode %o owner %d mark %v", st.Ino, st.Mode, st.Uid, mark)
+			for _, name := range s.ls(path) {
+				kid, err := s.fs.Lookup(n, name)
+				must(s.t, err)
+				walk(path+"/"+name, kid)
+			}
+		}
+		out[path] = d
+	}
+	walk("", s.fs.Root())
+	return out
 }
 
 func put(t *testing.T, path, data string) {
