@@ -132,6 +132,10 @@ func (f *File) shiftBytes(mode uint32, off, n int64) error {
 	if f.format != Sparse {
 		return unix.EOPNOTSUPP
 	}
+	// No filesystem moves single bytes: this changes nothing and says whether it knows the operation.
+	if err := f.s.Fallocate(mode, 1, 1); err != unix.EINVAL {
+		return err
+	}
 	st, err := f.s.Stat()
 	if err != nil {
 		return err
