@@ -254,7 +254,13 @@ func reads(r *run) error {
 	for i := range samples {
 		samples[i] = map[string][]float64{}
 	}
+	lower := filepath.Join(r.lower, "huge")
 	sample := func(name, path string) error {
+		// Whoever reads a file first decides how large the pieces are in which it is cached, and that how fast it is read
+		// later: it is always the plain file's own read-ahead.
+		if err := errors.Join(dropCaches(), sequential(lower, span)); err != nil {
+			return err
+		}
 		for i, k := range kinds {
 			if k.cold {
 				if err := dropCaches(); err != nil {
@@ -275,7 +281,7 @@ func reads(r *run) error {
 		for _, c := range r.contenders(laminaPass, lamina, overlay, fuse) {
 			if err := r.on(c, func(m *rival.Mount) error {
 				// The plain file beside each contender: the machine's moods last longer than a sample.
-				return errors.Join(sample(plain.name, filepath.Join(r.lower, "huge")), sample(c.name, filepath.Join(m.Dir, "huge")))
+				return errors.Join(sample(plain.name, lower), sample(c.name, filepath.Join(m.Dir, "huge")))
 			}); err != nil {
 				return err
 			}
