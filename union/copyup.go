@@ -455,16 +455,12 @@ func (fs *FS) syncUp(n *Node) error {
 		fs.tree.RLock()
 		pending := n.unsyncd
 		l, ok := fs.firstLink(n)
-		var dir string
-		if ok {
-			dir = l.dir.path()
-		}
 		fs.tree.RUnlock()
 		if !ok || n == fs.root {
 			return nil
 		}
 		if pending {
-			if err := fs.upper.SyncDir(dir); err != nil {
+			if err := fs.syncNames(l.dir); err != nil {
 				return err
 			}
 			fs.tree.Lock()

@@ -188,15 +188,28 @@ func (fs *FS) SyncDir(n *Node) error {
 	if fs.upper == nil || fs.cfg.Volatile {
 		return nil
 	}
-	fs.tree.RLock()
-	upper, dead := n.upper, n.dead
-	path := n.path()
-	fs.tree.RUnlock()
-	if dead || !upper {
-		return nil
-	}
-	if err := fs.upper.SyncDir(path); err != nil {
+	if err := fs.syncNames(n); err != nil {
 		return err
 	}
 	return fs.syncUp(n)
+}
+
+// syncNames makes the names in the upper part of a directory durable. The directory may be renamed while that lasts, and
+// another one may take its place: then it was that one.
+func (fs *FS) syncNames(dir *Node) error {
+	place := func() (string, bool) {
+		fs.tree.RLock()
+		defer fs.tree.RUnlock()
+		return dir.path(), dir.upper && !dir.dead
+	}
+	path, there := place()
+	for there {
+		err := fs.upper.SyncDir(path)
+		now, still := place()
+		if still && now == path {
+			return err
+		}
+		path, there = now, still
+	}
+	return nil
 }

@@ -136,17 +136,8 @@ func (fs *FS) prepareWork() error {
 	if err := fs.dropNameless(); err != nil {
 		return fmt.Errorf("workdir %s: cannot clean the index: %w", fs.work.Name(), err)
 	}
-	fd, err := fs.work.Tmpfile(tmpDir, 0o600)
-	switch {
-	case err == nil:
-		defer unix.Close(fd)
-		if err := unix.Fsetxattr(fd, fs.prefix+"lamina.probe", []byte{1}, 0); err != nil {
-			return fmt.Errorf("upperdir %s: the filesystem refuses %s* attributes (%w): use ext4, XFS, btrfs or tmpfs, or option userxattr without privileges", fs.upper.Name(), fs.prefix, err)
-		}
-	case errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) || errors.Is(err, unix.EINVAL):
-		fs.noTmpfile = true
-	default:
-		return fmt.Errorf("workdir %s: cannot create a file: %w", fs.work.Name(), err)
+	if err := fs.probe(); err != nil {
+		return err
 	}
 	if fs.cfg.Volatile {
 		if err := fs.work.Mkdir(dirtyMark, 0o700); err != nil {
