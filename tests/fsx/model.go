@@ -66,6 +66,6 @@ func (m *model) same(got []byte, off, n int64) error {
 	for got[j-1] == want[j-1] {
 		j--
 	}
-	return fmt.Errorf("read of %d at %d is wrong in [%d, %d) (blocks %d to %d): got %.16x..., want %.16x...",
+	return fmt.Errorf("read of %d at %d is wrong in [%d, %d) (blocks %d to %d): got %.16x, want %.16x",
 		n, off, off+int64(i), off+int64(j), (off+int64(i))/4096, (off+int64(j)-1)/4096, got[i:min(i+16, j)], want[i:min(i+16, j)])
 }

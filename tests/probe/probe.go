@@ -87,7 +87,7 @@ var (
 	Passthrough = Feature{Name: "FUSE passthrough", Version: [2]int{6, 9}, Probe: func(string) error {
 		v, err := Kernel()
 		if err == nil && (v[0] < 6 || v[0] == 6 && v[1] < 9) {
-			err = fmt.Errorf("Linux %d.%d", v[0], v[1])
+			err = fmt.Errorf("this is Linux %d.%d", v[0], v[1])
 		}
 		return err
 	}}
