@@ -79,9 +79,7 @@ func (f *File) preallocate(mode uint32, off, end int64) error {
 	if f.format != Sparse {
 		return f.preallocatePhys(off, end, size)
 	}
-	f.times.RLock()
-	defer f.times.RUnlock()
-	if err := f.s.Fallocate(f.upperMode(mode), off, end-off); err != nil {
+	if err := f.allocateUpper(mode, off, end); err != nil {
 		return err
 	}
 	f.grow(size)
@@ -111,7 +109,7 @@ func (f *File) zeroRange(mode uint32, off, end int64) error {
 		return f.zeroPhys(off, end, size)
 	}
 	f.mu.Lock()
-	err := f.zeroUpper(mode, off, end)
+	err := f.allocateUpper(mode, off, end)
 	partial := err == nil && f.mark(off, min(end, max(size, f.size.Load())))
 	f.mu.Unlock()
 	if err == nil {
@@ -120,10 +118,19 @@ func (f *File) zeroRange(mode uint32, off, end int64) error {
 	return f.follow(partial, off, end, err)
 }
 
-func (f *File) zeroUpper(mode uint32, off, end int64) error {
+// allocateUpper is fallocate on the upper file of a sparse sketch, for an application. Filesystems that run out of space
+// half-way keep what they have done, the new length too: where that is the logical size, it is taken over.
+func (f *File) allocateUpper(mode uint32, off, end int64) error {
 	f.times.RLock()
 	defer f.times.RUnlock()
-	return f.s.Fallocate(f.upperMode(mode), off, end-off)
+	mode = f.upperMode(mode)
+	err := f.s.Fallocate(mode, off, end-off)
+	if err != nil && mode&keepSize == 0 {
+		if st, serr := f.s.Stat(); serr == nil {
+			f.grow(st.Size)
+		}
+	}
+	return err
 }
 
 // shiftBytes is FALLOC_FL_COLLAPSE_RANGE and FALLOC_FL_INSERT_RANGE, which move every byte behind off: the sketch is
@@ -161,7 +168,7 @@ func (f *File) unshare(mode uint32, off, n int64) error {
 	if err := f.lockFor(off+n, size); err != nil {
 		return err
 	}
-	err := f.zeroUpper(mode, off, off+n) // which zeroes nothing: it is the same call with this mode
+	err := f.allocateUpper(mode, off, off+n) // which zeroes nothing: it is the same call with this mode
 	f.shape.RUnlock()
 	if err != nil {
 		return err

@@ -99,6 +99,7 @@ type crashStore struct {
 	after  func() // called after every change, without mu
 	fail   func(op string, n int) (int, error)
 	clock  int64
+	most   int64 // the longest file that the filesystem can have; 0: any
 }
 
 var _ Store = (*crashStore)(nil)
@@ -250,6 +251,9 @@ func (s *crashStore) Stat() (st unix.Stat_t, err error) {
 }
 
 func (s *crashStore) Truncate(size int64) error {
+	if s.most > 0 && size > s.most {
+		return unix.EFBIG
+	}
 	return s.change("truncate", func() {
 		s.touch()
 		s.meta([2]int64{size, 1 << 62}, func(m *image) { m.truncate(size) })

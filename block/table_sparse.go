@@ -1,6 +1,11 @@
 package block
 
-import "golang.org/x/sys/unix"
+import (
+	"errors"
+	"math"
+
+	"golang.org/x/sys/unix"
+)
 
 const regionsPerPage = bitsPerPage / regionBlocks
 
@@ -56,20 +61,31 @@ func tablePlace(end, slack int64) int64 {
 	return roundUp(end+max(slack, minSlack), pageSize)
 }
 
-// placeTable finds the first place for the bitmap and writes it down: header first, then the upper file's length, so
-// that the bytes of a table are never taken for data. size is a logical size whose bytes are on disk. The caller holds
-// commitMu.
+// placeTable finds the first place for the bitmap and writes it down. size is a logical size whose bytes are on disk.
+// The caller holds commitMu.
 func (f *File) placeTable(size int64) error {
-	pos, err := f.reservePlace()
+	err := f.placeBehind(size, 8)
+	if errors.Is(err, unix.EFBIG) { // the filesystem's longest file is near
+		err = f.placeBehind(size, math.MaxInt64)
+	}
+	return err
+}
+
+// placeBehind puts the bitmap behind the data with room for one part more of it: header first, then the upper file's
+// length, so that the bytes of a table are never taken for data.
+func (f *File) placeBehind(size, part int64) error {
+	pos, err := f.reservePlace(part)
 	if err != nil {
 		return err
 	}
 	h := f.hdr
 	h.TablePos, h.TablePages, h.Size = pos, max(1, ceilDiv(f.blocks(), bitsPerPage)), size
 	if err := f.setHeader(h); err != nil {
-		f.shape.Lock()
-		f.bound = unbounded
-		f.shape.Unlock()
+		if f.hdr.TablePages == 0 {
+			f.shape.Lock()
+			f.bound = unbounded
+			f.shape.Unlock()
+		}
 		return err
 	}
 	f.tab.mu.Lock()
@@ -80,7 +96,7 @@ func (f *File) placeTable(size int64) error {
 }
 
 // reservePlace keeps data away from where the first bitmap will lie.
-func (f *File) reservePlace() (pos int64, err error) {
+func (f *File) reservePlace(part int64) (pos int64, err error) {
 	f.shape.Lock()
 	defer f.shape.Unlock()
 	if !f.tailClean { // a refused truncation left bytes behind the end, which must not be taken for a table
@@ -89,7 +105,7 @@ func (f *File) reservePlace() (pos int64, err error) {
 		}
 	}
 	end := max(f.limit, f.size.Load())
-	f.bound = tablePlace(end, end/8)
+	f.bound = tablePlace(end, end/part)
 	return f.bound, nil
 }
 

@@ -655,3 +655,65 @@ func TestRefusedWriteMovesNoEnd(t *testing.T) {
 		}
 	})
 }
+
+// TestLongestFile: near the filesystem's longest file the table makes do with less room.
+func TestLongestFile(t *testing.T) {
+	low := &memLower{data: testContent(16 << 20), mtime: 5}
+	e := newEngine(t, Options{CaW: CaWLazy})
+	store := newCrashStore(nil)
+	store.most = 16<<20 + 1200<<10
+	f := store.sketch(t, e, low)
+	if _, err := f.WriteAt(make([]byte, 4096), 4096); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	want := bytes.Clone(low.data)
+	clear(want[4096:8192])
+	f, err := e.Open(store, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expectContent(t, f, want)
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// halfStore runs out of space half-way through a preallocation, and keeps what it has, as ext4 does.
+type halfStore struct{ Store }
+
+func (s halfStore) Fallocate(mode uint32, off, n int64) error {
+	return errors.Join(s.Store.Fallocate(mode, off, n/2), unix.ENOSPC)
+}
+
+// TestHalfAllocation: the length that a failed preallocation leaves is the same before and after the file is closed.
+func TestHalfAllocation(t *testing.T) {
+	low := &memLower{data: testContent(10_000), mtime: 5}
+	e := newEngine(t, Options{})
+	store := newCrashStore(nil)
+	if err := e.Create(store, low.ident()); err != nil {
+		t.Fatal(err)
+	}
+	f, err := e.Open(halfStore{store}, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Fallocate(0, 0, 40_000); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("fallocate: %v", err)
+	}
+	size := f.Size()
+	want := append(bytes.Clone(low.data), make([]byte, size-10_000)...)
+	expectContent(t, f, want)
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if f, err = e.Open(store, low.open); err != nil {
+		t.Fatal(err)
+	}
+	expectContent(t, f, want)
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+}
