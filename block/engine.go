@@ -20,6 +20,8 @@ const (
 	defaultCommitInterval = 30 * time.Second
 	// maxWaiting files that wait to be settled make the engine start without delay.
 	maxWaiting = 1024
+	// maxFills files wait to be completed by fill=idle; what settles meanwhile stays a sketch.
+	maxFills = 64
 )
 
 // Options of an Engine. The zero value is what a mount without options gets.
@@ -90,7 +92,7 @@ type Stats struct {
 	SketchesComplete int64 // turned into ordinary files
 }
 
-// Engine serves the sketches of one mount: copier workers, the settler, statistics.
+// Engine serves the sketches of one mount: copier workers, the settler, the filler, statistics.
 type Engine struct {
 	opts Options
 
@@ -101,6 +103,8 @@ type Engine struct {
 	waiting []waiting // settler, in the order of their deadlines
 	closing bool
 	settle  chan struct{} // settler: waiting or closing changed
+	end     chan struct{} // closed when closing is set
+	fills   chan *File    // settled files to be completed
 	wg      sync.WaitGroup
 
 	inTransit                               atomic.Int64
@@ -114,12 +118,14 @@ func NewEngine(o Options) *Engine {
 	if err != nil {
 		panic("block: " + err.Error())
 	}
-	e := &Engine{opts: opts, files: make(map[*File]struct{}), settle: make(chan struct{}, 1)}
+	e := &Engine{opts: opts, files: make(map[*File]struct{}), settle: make(chan struct{}, 1),
+		end: make(chan struct{}), fills: make(chan *File, maxFills)}
 	e.wake = sync.NewCond(&e.mu)
 	for range opts.Workers {
 		e.wg.Go(e.copyLoop)
 	}
 	e.wg.Go(e.settleLoop)
+	e.wg.Go(e.fillLoop)
 	return e
 }
 
@@ -251,6 +257,7 @@ func (e *Engine) Close() error {
 		return nil
 	}
 	e.closing = true
+	close(e.end)
 	e.wake.Broadcast()
 	e.mu.Unlock()
 	e.nudge()
@@ -267,7 +274,10 @@ func (e *Engine) Close() error {
 
 // ended says whether Close was called: nothing is tried later any more.
 func (e *Engine) ended() bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.closing
+	select {
+	case <-e.end:
+		return true
+	default:
+		return false
+	}
 }

@@ -122,17 +122,25 @@ func (f *File) report(what string, err error) {
 func (e *Engine) settleOne(f *File) {
 	err := f.commit()
 	f.report("settling", err)
-	if err == nil && e.opts.Fill == FillIdle && f.worthCompleting() {
-		if err := f.Complete(); err != nil { // nothing that was written hangs on it
-			e.fail("completing the sketch of inode %d, which stays one: %v", f.ino(), err)
-		}
-	}
-	e.mu.Lock()
 	if err != nil && !f.closed.Load() {
+		e.mu.Lock()
 		e.waiting = append(e.waiting, waiting{f, time.Now().Add(e.opts.SettleDelay), true})
 		e.mu.Unlock()
 		return
 	}
+	if e.opts.Fill == FillIdle && f.worthCompleting() {
+		select {
+		case e.fills <- f:
+			return
+		default: // enough others are being completed; it stays a sketch
+		}
+	}
+	e.settled(f)
+}
+
+// settled calls what the last Settle of f asked for.
+func (e *Engine) settled(f *File) {
+	e.mu.Lock()
 	done := f.settling
 	f.settling = nil
 	e.mu.Unlock()
@@ -141,26 +149,52 @@ func (e *Engine) settleOne(f *File) {
 	}
 }
 
-// settleRest settles whatever still waits when the engine closes.
-func (e *Engine) settleRest() (first error) {
+// fillLoop completes settled files, which may take long: no other file's table waits for that.
+func (e *Engine) fillLoop() {
 	for {
-		e.mu.Lock()
-		if len(e.waiting) == 0 {
-			e.mu.Unlock()
-			return first
-		}
-		f := e.waiting[0].f
-		e.waiting = e.waiting[1:]
-		done := f.settling
-		f.settling = nil
-		e.mu.Unlock()
-		if err := f.lastCommit(); err != nil && first == nil {
-			first = err
-		}
-		if done != nil {
-			done(f)
+		select {
+		case <-e.end:
+			return
+		case f := <-e.fills:
+			if err := e.fill(f); err != nil { // nothing that was written hangs on it
+				e.fail("completing the sketch of inode %d, which stays one: %v", f.ino(), err)
+			}
+			e.settled(f)
 		}
 	}
+}
+
+// fill completes f, unless the engine ends first.
+func (e *Engine) fill(f *File) error {
+	for off := int64(0); !e.ended(); {
+		next, err := f.bringPiece(off, unbounded)
+		if err != nil {
+			return err
+		}
+		if next <= off {
+			return f.Complete()
+		}
+		off = next
+	}
+	return nil
+}
+
+// settleRest settles whatever still waits when the engine has ended.
+func (e *Engine) settleRest() (first error) {
+	e.mu.Lock()
+	rest := e.waiting
+	e.waiting = nil
+	e.mu.Unlock()
+	for len(e.fills) > 0 {
+		rest = append(rest, waiting{f: <-e.fills})
+	}
+	for _, w := range rest {
+		if err := w.f.lastCommit(); err != nil && first == nil {
+			first = err
+		}
+		e.settled(w.f)
+	}
+	return first
 }
 
 // fillRest: a file that holds fillRest times as many blocks as it lacks is worth completing when nobody uses it.

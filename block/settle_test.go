@@ -285,3 +285,50 @@ func TestBackgroundFailureIsReportedOnce(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestCloseDuringFill: an engine ends without waiting until a large file is completed, and every settled file is handed
+// back.
+func TestCloseDuringFill(t *testing.T) {
+	want := testContent(4 << 20)
+	g := &gate{Lower: &memLower{data: want, mtime: 5}, reading: make(chan struct{}), proceed: make(chan struct{})}
+	e := NewEngine(Options{CaW: CaWLazy, Fill: FillIdle, SettleDelay: time.Microsecond, Logf: t.Logf})
+	var files []*File
+	handed := make(chan *File, 2)
+	for range 2 {
+		store := newCrashStore(nil)
+		if err := e.Create(store, Ident{Size: int64(len(want)), MtimeNS: 5}); err != nil {
+			t.Fatal(err)
+		}
+		f, err := e.Open(store, func() (Lower, error) { return g, nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 { // twice as much as the file has: hot
+			if _, err := f.WriteAt(want[:2<<20], 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		files = append(files, f)
+		f.Settle(func(f *File) { handed <- f })
+	}
+	<-g.reading
+	closed := make(chan error)
+	go func() { closed <- e.Close() }()
+	<-e.end
+	close(g.proceed)
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+	if len(handed) != 2 {
+		t.Errorf("%d of 2 files were handed back", len(handed))
+	}
+	for _, f := range files {
+		if !f.Sketch() {
+			t.Error("a file was completed after the end")
+		}
+		expectContent(t, f, want)
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
