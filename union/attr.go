@@ -119,10 +119,17 @@ func (fs *FS) nlink(n *Node, st *Attr) uint64 {
 
 // SetAttr changes attributes, copying the file up without its data if it is a lower one.
 func (fs *FS) SetAttr(n *Node, s SetAttr) (Attr, error) {
-	if err := fs.copyUp(n, s.Size != nil && *s.Size == 0); err != nil {
+	why := purpose{truncate: s.Size != nil && *s.Size == 0}
+	if s.Size == nil && !s.KillPriv {
+		why.change = &s
+	}
+	served, err := fs.copyUpTo(n, why)
+	if err != nil {
 		return Attr{}, err
 	}
-	var err error
+	if served && why.change != nil {
+		return fs.Attr(n)
+	}
 	switch {
 	case s.Size != nil:
 		err = fs.resize(n, *s.Size, s.KillPriv)

@@ -35,16 +35,29 @@ func (fs *FS) abandon(p *prepared) {
 	}
 }
 
-// copyUp materialises a file in the upper layer. Regular files become sketches: no data is copied. truncate: the caller
-// is about to set the size to 0, so not even a sketch is needed. Directories are copied up by copyUpDir.
-func (fs *FS) copyUp(n *Node, truncate bool) error {
+// purpose says what a file is copied up for: what can be done on the way costs less than what is done afterwards.
+type purpose struct {
+	truncate bool     // to set the size to 0: not even a sketch is needed
+	open     bool     // to open it
+	change   *SetAttr // to change its owner, mode or times
+}
+
+// copyUp materialises a file in the upper layer. Regular files become sketches: no data is copied.
+func (fs *FS) copyUp(n *Node) error {
+	_, err := fs.copyUpTo(n, purpose{})
+	return err
+}
+
+// copyUpTo is copyUp for a purpose, and says whether that has been served: it has not if the file was in the upper layer
+// already. A file opened on the way has one more descriptor.
+func (fs *FS) copyUpTo(n *Node, why purpose) (served bool, err error) {
 	if fs.upper == nil {
-		return unix.EROFS
+		return false, unix.EROFS
 	}
 	if isDir(n.mode) {
 		fs.tree.Lock()
 		defer fs.tree.Unlock()
-		return fs.copyUpDir(n)
+		return false, fs.copyUpDir(n)
 	}
 	n.cu.Lock()
 	defer n.cu.Unlock()
@@ -52,20 +65,21 @@ func (fs *FS) copyUp(n *Node, truncate bool) error {
 	done := n.upper
 	fs.tree.RUnlock()
 	if done {
-		return nil
+		return false, nil
 	}
-	p, err := fs.prepare(n, truncate)
+	p, err := fs.prepare(n, why)
 	if err != nil {
-		return err
+		return false, err
 	}
 	fs.tree.Lock()
 	defer fs.tree.Unlock()
-	return fs.install(n, p)
+	err = fs.install(n, p, why.open)
+	return err == nil, err
 }
 
-// install gives the prepared object its name and makes the node an upper one; open descriptors go on with the new file.
-// What can fail comes before the name is given. The caller holds tree for writing.
-func (fs *FS) install(n *Node, p *prepared) error {
+// install gives the prepared object its name and makes the node an upper one; open descriptors go on with the new file,
+// and open counts one more. What can fail comes before the name is given. The caller holds tree for writing.
+func (fs *FS) install(n *Node, p *prepared, open bool) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	old := n.cur.Load()
@@ -74,9 +88,10 @@ func (fs *FS) install(n *Node, p *prepared) error {
 		return unix.ESTALE // its last name and its last descriptor are gone
 	}
 	var next *content
-	if old != nil {
-		f, err := fs.cfg.Engine.Open(fs.store(dup(p.fd)), fs.lowerOf(n.stackOf(p)))
+	if old != nil || open {
+		f, err := fs.cfg.Engine.Open(fs.store(p.fd), fs.lowerOf(n.stackOf(p)))
 		if err != nil {
+			p.fd = -1 // Engine.Open has closed it
 			fs.abandon(p)
 			return err
 		}
@@ -85,12 +100,10 @@ func (fs *FS) install(n *Node, p *prepared) error {
 	if err := fs.place(n, p); err != nil {
 		if next != nil {
 			next.file.Abandon()
+			p.fd = -1
 		}
 		fs.abandon(p)
 		return err
-	}
-	if p.fd >= 0 {
-		unix.Close(p.fd)
 	}
 	n.upper, n.upIno, n.unsyncd = true, p.ino, true
 	if isReg(n.mode) {
@@ -99,8 +112,17 @@ func (fs *FS) install(n *Node, p *prepared) error {
 			n.size = p.size
 		}
 	}
-	if next != nil {
+	switch {
+	case next != nil:
 		n.cur.Store(next)
+	case p.fd >= 0:
+		unix.Close(p.fd)
+	}
+	if open {
+		n.opens++
+		if old == nil {
+			fs.pin(n) // until the content is closed
+		}
 	}
 	return nil
 }
@@ -114,7 +136,7 @@ func (n *Node) stackOf(p *prepared) []lowerRef {
 }
 
 // prepare makes the upper object of a lower file. It takes no lock of the tree's: the lower is immutable.
-func (fs *FS) prepare(n *Node, truncate bool) (*prepared, error) {
+func (fs *FS) prepare(n *Node, why purpose) (*prepared, error) {
 	ref := n.stack[0]
 	l := fs.lowers[ref.layer]
 	st, err := l.Stat(ref.path)
@@ -124,10 +146,10 @@ func (fs *FS) prepare(n *Node, truncate bool) (*prepared, error) {
 	p := &prepared{fd: -1}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		if p.fd, p.tmp, err = fs.newFile(); err != nil {
+		if p.fd, p.tmp, err = fs.newFile(st.Mode & 0o777); err != nil {
 			return nil, err
 		}
-		err = fs.fill(n, p, &st, truncate)
+		err = fs.fill(n, p, &st, why.truncate)
 	case unix.S_IFLNK:
 		var target string
 		if target, err = l.Readlink(ref.path); err != nil {
@@ -140,7 +162,7 @@ func (fs *FS) prepare(n *Node, truncate bool) (*prepared, error) {
 		err = fs.work.Mknod(p.tmp, st.Mode, st.Rdev)
 	}
 	if err == nil {
-		err = fs.copyMeta(l, ref.path, &st, p)
+		err = fs.copyMeta(l, ref.path, &st, p, why.change)
 	}
 	if err == nil && !p.sketch {
 		err = fs.setOrigin(p, key{l.FS(), st.Ino})
@@ -149,7 +171,7 @@ func (fs *FS) prepare(n *Node, truncate bool) (*prepared, error) {
 		err = p.setxattr(fs, fs.prefix+layer.XattrNlink, fmt.Appendf(nil, "=%d", st.Nlink))
 	}
 	if err == nil {
-		err = p.setTimes(fs, st.Atim, st.Mtim)
+		err = p.setTimes(fs, timesOf(&st, why.change))
 	}
 	if err == nil {
 		var up unix.Stat_t
@@ -163,20 +185,32 @@ func (fs *FS) prepare(n *Node, truncate bool) (*prepared, error) {
 	return p, nil
 }
 
+// timesOf is the lower file's times, or the ones to be set.
+func timesOf(st *unix.Stat_t, change *SetAttr) [2]unix.Timespec {
+	ts := [2]unix.Timespec{st.Atim, st.Mtim}
+	if change != nil && change.Atime != nil {
+		ts[0] = *change.Atime
+	}
+	if change != nil && change.Mtime != nil {
+		ts[1] = *change.Mtime
+	}
+	return ts
+}
+
 // newFile makes an empty regular file for reading and writing, nameless where the filesystem can.
-func (fs *FS) newFile() (fd int, tmp string, err error) {
+func (fs *FS) newFile(mode uint32) (fd int, tmp string, err error) {
 	if !fs.noTmpfile {
-		fd, err = fs.work.Tmpfile(tmpDir, 0o600)
+		fd, err = fs.work.Tmpfile(tmpDir, mode)
 		return fd, "", err
 	}
 	tmp = fs.tmpName()
-	fd, err = fs.work.OpenFile(tmp, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o600)
+	fd, err = fs.work.OpenFile(tmp, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, mode)
 	return fd, tmp, err
 }
 
 // fill gives a new upper file its contents: a clone, a sketch, or a full copy that is on disk before it gets a name.
 func (fs *FS) fill(n *Node, p *prepared, st *unix.Stat_t, truncate bool) error {
-	if truncate {
+	if truncate || st.Size == 0 && !n.stack[0].sketch {
 		return nil
 	}
 	mode := fs.cfg.CopyUp
@@ -207,9 +241,7 @@ func (fs *FS) fill(n *Node, p *prepared, st *unix.Stat_t, truncate bool) error {
 		size = n.size
 	}
 	p.sketch = true
-	s := fs.store(dup(p.fd))
-	defer s.Close()
-	return fs.cfg.Engine.Create(s, block.Ident{Size: size, MtimeNS: st.Mtim.Nano(), FS: fs.lowers[n.stack[0].layer].FS(), Ino: st.Ino})
+	return fs.cfg.Engine.Create(fs.store(p.fd), block.Ident{Size: size, MtimeNS: st.Mtim.Nano(), FS: fs.lowers[n.stack[0].layer].FS(), Ino: st.Ino})
 }
 
 // dup gives a second descriptor of the same open file, for an owner that closes it.
@@ -222,9 +254,13 @@ func dup(fd int) int {
 }
 
 // clone shares the lower file's extents. The filesystem writes the source's dirty pages first, so a clone is as durable
-// as its metadata.
+// as its metadata. A layer that cannot be cloned from is not asked again.
 func (fs *FS) clone(n *Node, fd int) unix.Errno {
 	ref := n.stack[0]
+	never := &fs.noClone[ref.layer]
+	if e := unix.Errno(never.Load()); e != 0 {
+		return e
+	}
 	f, err := fs.lowers[ref.layer].Open(ref.path)
 	if err != nil {
 		return errnoOf(err)
@@ -234,10 +270,15 @@ func (fs *FS) clone(n *Node, fd int) unix.Errno {
 	if !ok {
 		return unix.EOPNOTSUPP
 	}
-	if err := unix.IoctlFileClone(fd, src.FD()); err != nil {
-		return errnoOf(err)
+	err = unix.IoctlFileClone(fd, src.FD())
+	if err == nil {
+		return 0
 	}
-	return 0
+	e := errnoOf(err)
+	if e == unix.EOPNOTSUPP || e == unix.EXDEV || e == unix.ENOTTY { // of the filesystems, not of this file
+		never.Store(uint32(e))
+	}
+	return e
 }
 
 // copyAll brings the whole file, holes as holes, and syncs it: nothing of it could be told from zeros after a crash.
@@ -252,10 +293,20 @@ func (fs *FS) copyAll(n *Node, fd int) error {
 	return block.CopyAll(dst, src)
 }
 
-// copyMeta gives the prepared object the lower one's owner, mode and attributes. Order matters: a change of owner drops
-// set-id bits and capabilities.
-func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared) error {
-	if err := p.chown(fs, st.Uid, st.Gid); err != nil {
+// copyMeta gives the prepared object, which belongs to the server, the lower one's owner, mode and attributes, but for
+// those that change says otherwise. Order matters: a change of owner drops set-id bits and capabilities.
+func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared, change *SetAttr) error {
+	uid, gid, mode := st.Uid, st.Gid, st.Mode&0o7777
+	chowned := false
+	if change != nil {
+		chowned = change.UID != nil || change.GID != nil
+		uid, gid = orElse(change.UID, uid), orElse(change.GID, gid)
+		if chowned && st.Mode&unix.S_IFMT == unix.S_IFREG {
+			mode = afterChown(mode)
+		}
+		mode = orElse(change.Mode, mode) & 0o7777
+	}
+	if err := p.chown(fs, uid, gid); err != nil {
 		return err
 	}
 	names, err := l.Listxattr(path)
@@ -263,7 +314,7 @@ func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared)
 		return err
 	}
 	for _, name := range names {
-		if fs.private(name) {
+		if fs.private(name) || chowned && name == "security.capability" {
 			continue
 		}
 		v, err := l.Getxattr(path, name)
@@ -280,7 +331,23 @@ func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared)
 	if st.Mode&unix.S_IFMT == unix.S_IFLNK {
 		return nil
 	}
-	return p.chmod(fs, st.Mode&0o7777)
+	return p.chmod(fs, mode)
+}
+
+func orElse(v *uint32, otherwise uint32) uint32 {
+	if v == nil {
+		return otherwise
+	}
+	return *v
+}
+
+// afterChown is what chown(2) leaves of a regular file's mode, whoever calls it.
+func afterChown(mode uint32) uint32 {
+	mode &^= unix.S_ISUID
+	if mode&unix.S_IXGRP != 0 {
+		mode &^= unix.S_ISGID
+	}
+	return mode
 }
 
 // private says whether an attribute as a layer stores it is overlayfs's own, and so neither shown nor copied. What a
@@ -391,9 +458,9 @@ func (fs *FS) copyUpDir(n *Node) error {
 	if err := fs.work.Mkdir(p.tmp, 0o700); err != nil {
 		return err
 	}
-	err = fs.copyMeta(l, ref.path, &st, p)
+	err = fs.copyMeta(l, ref.path, &st, p, nil)
 	if err == nil {
-		err = p.setTimes(fs, st.Atim, st.Mtim)
+		err = p.setTimes(fs, timesOf(&st, nil))
 	}
 	var up unix.Stat_t
 	if err == nil {
@@ -435,11 +502,11 @@ func (p *prepared) setxattr(fs *FS, name string, v []byte) error {
 	return fs.work.Setxattr(p.tmp, name, v, 0)
 }
 
-func (p *prepared) setTimes(fs *FS, atime, mtime unix.Timespec) error {
+func (p *prepared) setTimes(fs *FS, ts [2]unix.Timespec) error {
 	if p.fd >= 0 {
-		return futimens(p.fd, atime, mtime)
+		return futimens(p.fd, ts[0], ts[1])
 	}
-	return fs.work.Utimes(p.tmp, [2]unix.Timespec{atime, mtime})
+	return fs.work.Utimes(p.tmp, ts)
 }
 
 func (p *prepared) stat(fs *FS) (st unix.Stat_t, err error) {

@@ -289,7 +289,7 @@ func (fs *FS) Link(n, dir *Node, name string) (*Node, error) {
 	if fs.upper == nil {
 		return nil, unix.EROFS
 	}
-	if err := fs.copyUp(n, false); err != nil {
+	if err := fs.copyUp(n); err != nil {
 		return nil, err
 	}
 	fs.tree.Lock()

@@ -48,13 +48,17 @@ func (fs *FS) Open(n *Node, flags uint32) (*Handle, error) {
 	if !isReg(n.mode) {
 		return nil, unix.EINVAL
 	}
+	opened := false
 	if flags&writing != 0 {
-		if err := fs.copyUp(n, flags&unix.O_TRUNC != 0); err != nil {
+		var err error
+		if opened, err = fs.copyUpTo(n, purpose{truncate: flags&unix.O_TRUNC != 0, open: true}); err != nil {
 			return nil, err
 		}
 	}
-	if err := fs.acquire(n); err != nil {
-		return nil, err
+	if !opened {
+		if err := fs.acquire(n); err != nil {
+			return nil, err
+		}
 	}
 	h := &Handle{n: n, flags: flags}
 	if flags&unix.O_TRUNC != 0 {

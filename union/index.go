@@ -22,14 +22,8 @@ import (
 
 func indexPath(k key) string { return fmt.Sprintf("%s/%016x-%016x", indexDir, k.fs, k.ino) }
 
-// hasSeveralNames says whether a lower file must go through the index. The caller holds tree.
-func (fs *FS) hasSeveralNames(n *Node) bool {
-	if !fs.cfg.Index || n.upper || len(n.stack) == 0 || n.key == (key{}) {
-		return false
-	}
-	st, err := fs.lowers[n.stack[0].layer].Stat(n.stack[0].path)
-	return err == nil && st.Nlink > 1
-}
+// hasSeveralNames says whether a file must go through the index when it is copied up. The caller holds tree.
+func (fs *FS) hasSeveralNames(n *Node) bool { return n.several && !n.upper }
 
 // nlinkOf reads the stored link count of an index entry whose inode has links: what the union adds to that, and whether it
 // is stored as the number itself.

@@ -20,6 +20,7 @@ type Node struct {
 	// Guarded by FS.tree.
 	upper    bool
 	upIno    uint64     // inode number of the upper object
+	several  bool       // a lower file with several names, all of which are this node (index=on)
 	indexed  bool       // the upper object also has a name in the index, and is reached by it
 	delta    int64      // indexed: names of the union minus links of the upper inode
 	absolute bool       // indexed: the count is stored as a number, see index.go

@@ -292,7 +292,7 @@ func (fs *FS) rewrite(paths []string, f *found) error {
 		err = fs.flattenTo(fd, paths[0], f)
 	}
 	if err == nil {
-		err = fs.copyMeta(fs.upper, paths[0], &f.st, p)
+		err = fs.copyMeta(fs.upper, paths[0], &f.st, p, nil)
 	}
 	if err == nil && !f.header.Kernel {
 		err = fs.setOrigin(p, key{f.header.Ident.FS, f.header.Ident.Ino})
@@ -302,7 +302,7 @@ func (fs *FS) rewrite(paths []string, f *found) error {
 		index, err = fs.copyIndexMark(p, f)
 	}
 	if err == nil {
-		err = p.setTimes(fs, st.Atim, st.Mtim)
+		err = p.setTimes(fs, timesOf(&st, nil))
 	}
 	if err == nil {
 		err = unix.Fsync(fd)

@@ -40,7 +40,7 @@ func (fs *FS) Unlink(dir *Node, name string) error {
 			return err
 		}
 		// One of several names of a lower file: the count of those left needs an upper inode to be kept on.
-		err = fs.copyUp(first, false)
+		err = fs.copyUp(first)
 		fs.Forget(first.id, 1)
 		if err != nil {
 			return err

@@ -21,7 +21,7 @@ func (fs *FS) Rename(oldDir *Node, oldName string, newDir *Node, newName string,
 		if first == nil {
 			return err
 		}
-		err = fs.copyUp(first, false) // outside the lock, where it may have to copy
+		err = fs.copyUp(first) // outside the lock, where it may have to copy
 		fs.Forget(first.id, 1)
 		if err != nil {
 			return err

@@ -333,6 +333,7 @@ func (fs *FS) adopt(dir *Node, name string, f *found) (*Node, error) {
 		return n, nil
 	}
 	n := &Node{fs: fs, ino: fs.inoOf(k.fs, k.ino), mode: f.st.Mode & unix.S_IFMT, key: k, upper: f.upper, stack: f.stack, lpath: f.lpath, refs: 1, indexed: indexed, delta: delta, absolute: absolute}
+	n.several = !f.upper && f.st.Nlink > 1 && k != key{}
 	if k == (key{}) {
 		n.ino = fs.inoOf(own.fs, own.ino)
 	}

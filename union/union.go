@@ -38,6 +38,7 @@ type FS struct {
 	root *Node
 
 	tmpSeq    atomic.Uint64
+	noClone   []atomic.Uint32 // by lower layer: the errno with which it refused to be cloned from, for good
 	closing   atomic.Bool
 	noTmpfile bool // the upper's filesystem knows no O_TMPFILE
 }
@@ -75,6 +76,7 @@ func newFS(cfg Config) *FS {
 		cfg.Logf = func(string, ...any) {}
 	}
 	fs := &FS{cfg: cfg, lowers: cfg.Lowers, upper: cfg.Upper, work: cfg.Work, prefix: cfg.NS.Prefix(), fsids: map[uint64]uint64{}}
+	fs.noClone = make([]atomic.Uint32, len(fs.lowers))
 	fs.nodeTable.init()
 	if fs.upper != nil {
 		fs.fsids[fs.upper.FS()] = 0

@@ -126,7 +126,7 @@ func (fs *FS) Removexattr(n *Node, name string) error {
 }
 
 func (fs *FS) changeXattr(n *Node, change func(object) error) error {
-	if err := fs.copyUp(n, false); err != nil {
+	if err := fs.copyUp(n); err != nil {
 		return err
 	}
 	fs.tree.RLock()
