@@ -21,6 +21,7 @@ const maxChain = 16
 type prepared struct {
 	fd     int    // O_RDWR of a regular file, or -1
 	tmp    string // in the workdir, or ""
+	mode   uint32 // that the file was made with
 	ino    uint64
 	size   int64
 	sketch bool
@@ -146,7 +147,8 @@ func (fs *FS) prepare(n *Node, why purpose) (*prepared, error) {
 	p := &prepared{fd: -1}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		if p.fd, p.tmp, err = fs.newFile(st.Mode & 0o777); err != nil {
+		p.mode = st.Mode & 0o777
+		if p.fd, p.tmp, err = fs.newFile(p.mode); err != nil {
 			return nil, err
 		}
 		err = fs.fill(n, p, &st, why.truncate)
@@ -306,8 +308,10 @@ func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared,
 		}
 		mode = orElse(change.Mode, mode) & 0o7777
 	}
-	if err := p.chown(fs, uid, gid); err != nil {
-		return err
+	if uid != fs.bornUID || gid != fs.bornGID || fs.work.Override() != layer.OverrideNone {
+		if err := p.chown(fs, uid, gid); err != nil {
+			return err
+		}
 	}
 	names, err := l.Listxattr(path)
 	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
@@ -329,6 +333,9 @@ func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared,
 		}
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFLNK {
+		return nil
+	}
+	if p.fd >= 0 && mode == p.mode && fs.work.Override() == layer.OverrideNone {
 		return nil
 	}
 	return p.chmod(fs, mode)

@@ -1,6 +1,7 @@
 package union
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -82,4 +83,60 @@ func TestUpperWithoutTmpfile(t *testing.T) {
 	s.remount()
 	s.wantRead("f", "X"+strings.Repeat("f", 8999))
 	s.wantRead("l1", "Xink")
+}
+
+// What a workdir's default ACL says is not for the files that pass through it.
+func TestWorkdirACLIsNotInherited(t *testing.T) {
+	s := newStack(t, 1, func(p func(int, string) string) { put(t, p(0, "f"), "f") })
+	s.umount()
+	// user::rwx, user:99:rwx, group::rwx, mask::rwx, other::rwx
+	acl := "\x02\x00\x00\x00" + "\x01\x00\x07\x00\xff\xff\xff\xff" + "\x02\x00\x07\x00\x63\x00\x00\x00" +
+		"\x04\x00\x07\x00\xff\xff\xff\xff" + "\x10\x00\x07\x00\xff\xff\xff\xff" + "\x20\x00\x07\x00\xff\xff\xff\xff"
+	must(t, os.RemoveAll(filepath.Join(s.work(), workRoot)))
+	setx(t, s.work(), aclDefault, acl)
+	s.mount()
+	s.write("f", "F", 0)
+	if _, err := s.fs.Getxattr(s.node("f"), aclAccess); !errors.Is(err, unix.ENODATA) {
+		t.Errorf("the copied-up file has an ACL (%v)", err)
+	}
+	if st := s.stat("f"); st.Mode&0o7777 != 0o644 {
+		t.Errorf("mode %o", st.Mode&0o7777)
+	}
+}
+
+// What is changed on the way up is what would have been changed afterwards.
+func TestChangesAtCopyUp(t *testing.T) {
+	caps := string([]byte{1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0})
+	names := []string{"early", "late"}
+	s := newStack(t, 1, func(p func(int, string) string) {
+		for _, f := range names {
+			put(t, p(0, f), "program")
+			must(t, os.Chown(p(0, f), 5, 6))
+			setx(t, p(0, f), "security.capability", caps)
+			must(t, unix.Chmod(p(0, f), 0o6755))
+		}
+	})
+	uid, mode := uint32(9), uint32(0o2711)
+	for _, c := range []SetAttr{{UID: &uid}, {Mode: &mode}, {GID: &uid, Mode: &mode}, {Mtime: &unix.Timespec{Sec: 1000}}} {
+		must(t, s.fs.copyUp(s.node("late")))
+		var got [2]string
+		for i, f := range names {
+			st, err := s.fs.SetAttr(s.node(f), c)
+			must(t, err)
+			v, err := s.fs.Getxattr(s.node(f), "security.capability")
+			got[i] = fmt.Sprintf("mode %o owner %d:%d size %d mtime %d caps %x %v", st.Mode, st.Uid, st.Gid, st.Size, st.Mtim.Sec, v, err != nil)
+			if c.Mtime == nil {
+				got[i] = strings.Replace(got[i], fmt.Sprint(st.Mtim.Sec), "", 1)
+			}
+		}
+		if got[0] != got[1] {
+			t.Errorf("%+v at copy-up: %s\nafter it: %s", c, got[0], got[1])
+		}
+		s.umount()
+		for _, d := range []string{s.upper(""), s.work()} {
+			must(t, os.RemoveAll(d))
+			must(t, os.Mkdir(d, 0o755))
+		}
+		s.mount()
+	}
 }

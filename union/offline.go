@@ -281,7 +281,7 @@ func (fs *FS) flattenOne(paths []string, f *found) error {
 
 // rewrite replaces a file by an ordinary one with the same contents and attributes.
 func (fs *FS) rewrite(paths []string, f *found) error {
-	p := &prepared{fd: -1, tmp: fs.tmpName()}
+	p := &prepared{fd: -1, tmp: fs.tmpName(), mode: 0o600}
 	fd, err := fs.work.OpenFile(p.tmp, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o600)
 	if err != nil {
 		return err

@@ -11,9 +11,24 @@ import (
 
 const goodFilesystems = "use ext4, XFS, btrfs or tmpfs"
 
+// dropACLs takes the ACLs away that the directory of temporary objects got from the workdir: they would be inherited by
+// every copied-up file.
+func (fs *FS) dropACLs() error {
+	for _, acl := range []string{aclDefault, aclAccess} {
+		err := fs.work.Removexattr(tmpDir, acl)
+		if err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.EOPNOTSUPP) {
+			return fmt.Errorf("workdir %s: cannot remove %s from %s: %w", fs.work.Name(), acl, tmpDir, err)
+		}
+	}
+	return nil
+}
+
 // probe finds out what the upper layer's filesystem can do, before the first operation that would need it: private
 // attributes, whiteouts, and renames that leave one or exchange two names. Without O_TMPFILE there is another way.
 func (fs *FS) probe() error {
+	if err := fs.dropACLs(); err != nil {
+		return err
+	}
 	fd, err := fs.work.Tmpfile(tmpDir, 0o600)
 	if err == nil {
 		unix.Close(fd)
@@ -26,6 +41,11 @@ func (fs *FS) probe() error {
 		return fmt.Errorf("workdir %s: cannot create a file: %w", fs.work.Name(), err)
 	}
 	defer unix.Close(fd)
+	born, err := fs.work.FStat(fd)
+	if err != nil {
+		return err
+	}
+	fs.bornUID, fs.bornGID = born.Uid, born.Gid
 	if err := unix.Fsetxattr(fd, fs.prefix+"lamina.probe", []byte{1}, 0); err != nil {
 		return fmt.Errorf("upperdir %s: the filesystem refuses %s* attributes (%w): %s, or option userxattr without privileges", fs.upper.Name(), fs.prefix, err, goodFilesystems)
 	}

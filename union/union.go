@@ -37,10 +37,11 @@ type FS struct {
 	nodeTable
 	root *Node
 
-	tmpSeq    atomic.Uint64
-	noClone   []atomic.Uint32 // by lower layer: the errno with which it refused to be cloned from, for good
-	closing   atomic.Bool
-	noTmpfile bool // the upper's filesystem knows no O_TMPFILE
+	tmpSeq           atomic.Uint64
+	bornUID, bornGID uint32          // who owns what the server makes in the workdir
+	noClone          []atomic.Uint32 // by lower layer: the errno with which it refused to be cloned from, for good
+	closing          atomic.Bool
+	noTmpfile        bool // the upper's filesystem knows no O_TMPFILE
 }
 
 // Directories that a mount keeps in its workdir.

@@ -780,6 +780,9 @@ func TestFlattenLeavesOrdinaryFiles(t *testing.T) {
 			for p, data := range want {
 				got, err := os.ReadFile(s.upper(p))
 				must(t, err)
+				if st, err := os.Stat(s.upper(p)); err != nil || st.Mode() != 0o644 {
+					t.Errorf("%s: flattened to mode %v (%v)", p, st.Mode(), err)
+				}
 				if string(got) != data {
 					t.Errorf("%s: the flattened file differs (%d bytes, want %d)", p, len(got), len(data))
 				}

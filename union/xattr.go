@@ -162,7 +162,10 @@ func (fs *FS) hasDefaultACL(dir *Node) (bool, error) {
 	return state == aclPresent, nil
 }
 
-const aclDefault = "system.posix_acl_default"
+const (
+	aclDefault = "system.posix_acl_default"
+	aclAccess  = "system.posix_acl_access"
+)
 
 // Readlink gives a symbolic link's target.
 func (fs *FS) Readlink(n *Node) (string, error) {
