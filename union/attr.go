@@ -204,6 +204,8 @@ func orOmit(t *unix.Timespec) unix.Timespec {
 
 func nowTimespec() unix.Timespec { return unix.NsecToTimespec(time.Now().UnixNano()) }
 
+const capability = "security.capability"
+
 // dropPriv does what the kernel does before a write by somebody without privileges: capabilities go with any write,
 // set-id bits if kill says so (setgid only on a group-executable file, otherwise it means mandatory locking).
 func (fs *FS) dropPriv(n *Node, kill bool) error {
@@ -213,7 +215,7 @@ func (fs *FS) dropPriv(n *Node, kill bool) error {
 		return nil
 	}
 	return fs.withObject(n, func(o object) error {
-		err := o.removexattr("security.capability")
+		err := o.removexattr(capability)
 		if errors.Is(err, unix.EPERM) && fs.cfg.NS == layer.User {
 			err = nil // who may not remove it could not have brought it into the upper layer either
 		}

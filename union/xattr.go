@@ -44,6 +44,9 @@ func (fs *FS) Getxattr(n *Node, name string) ([]byte, error) {
 	if n.dead && n.upper {
 		return fs.namelessXattr(n, func(fd int, buf []byte) (int, error) { return unix.Fgetxattr(fd, fs.stored(name), buf) })
 	}
+	if name == capability && n.upper && n.privClean.Load() {
+		return nil, unix.ENODATA // the kernel asks before the first write to a file
+	}
 	l, path, err := fs.xattrAt(n)
 	if err != nil {
 		return nil, err
