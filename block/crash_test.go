@@ -348,7 +348,7 @@ func (c *crasher) lookAt(m *image) {
 		return
 	}
 	more := 50_000
-	if c.cuts.IntN(16) == 0 {
+	if c.cuts.IntN(50) == 0 {
 		more = 2500 << 10 // over whatever a move of the table left half-done
 	}
 	want := append(got, make([]byte, more)...)

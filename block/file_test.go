@@ -205,6 +205,9 @@ func TestMoveTable(t *testing.T) {
 			}
 			b := make([]byte, 1<<20)
 			for off := int64(len(want)); off < end; off += int64(len(b)) {
+				if off > 8<<20 && off < end-8<<20 {
+					off = end - 8<<20 // in between lies nothing, ever
+				}
 				b = b[:min(int64(len(b)), end-off)]
 				if _, err := r.f.ReadAt(b, off); err != nil || !allZero(b) {
 					t.Fatalf("bytes behind %d are not zeros (%v)", off, err)

@@ -18,7 +18,8 @@ var onEveryFilesystem = []struct {
 	test func(*testing.T)
 }{
 	{"space", TestSpace},
-	{"fsx", TestFsx},
+	{"fsx sparse", func(t *testing.T) { runFsx(t, Options{Format: Sparse}, *opsFlag/2) }},
+	{"fsx bcow", func(t *testing.T) { runFsx(t, Options{Format: BCoW}, *opsFlag/2) }},
 	{"completion", TestCompletionInPlace},
 	{"holes", TestCompleteKeepsHoles},
 	{"errnos", TestFallocateErrnos},

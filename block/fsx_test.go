@@ -138,26 +138,28 @@ func (x *fsx) seek(off int) {
 }
 
 func TestFsx(t *testing.T) {
-	everyFormat(t, func(t *testing.T, o Options) {
-		s := seed(t)
-		x := &fsx{rand: rand.New(rand.NewPCG(s, 1)), max: 9 << 20}
-		size := x.rand.IntN(6 << 20)
-		if x.rand.IntN(2) == 0 {
-			x.max, size = 300<<10, x.rand.IntN(200<<10)
-		}
-		x.want = noise(x.rand, size)
-		clear(x.want[size/3 : size/2]) // a hole, if the filesystem sees it
-		x.rig = newRig(t, o, x.want)
-		x.want = bytes.Clone(x.want)
-		x.zeroRange = knowsZeroRange(t, t.TempDir())
-		for range *opsFlag {
-			x.step()
-		}
-		x.expect(x.want)
-		x.reopen()
-		x.expect(x.want)
-		x.clean()
-	})
+	everyFormat(t, func(t *testing.T, o Options) { runFsx(t, o, *opsFlag) })
+}
+
+func runFsx(t *testing.T, o Options, ops int) {
+	s := seed(t)
+	x := &fsx{rand: rand.New(rand.NewPCG(s, 1)), max: 9 << 20}
+	size := x.rand.IntN(6 << 20)
+	if x.rand.IntN(2) == 0 {
+		x.max, size = 300<<10, x.rand.IntN(200<<10)
+	}
+	x.want = noise(x.rand, size)
+	clear(x.want[size/3 : size/2]) // a hole, if the filesystem sees it
+	x.rig = newRig(t, o, x.want)
+	x.want = bytes.Clone(x.want)
+	x.zeroRange = knowsZeroRange(t, t.TempDir())
+	for range ops {
+		x.step()
+	}
+	x.expect(x.want)
+	x.reopen()
+	x.expect(x.want)
+	x.clean()
 }
 
 // TestFsxChain is TestFsx on a sketch of a sketch of a sketch.

@@ -2,6 +2,7 @@ package block
 
 import (
 	"bytes"
+	"encoding/binary"
 	"flag"
 	"fmt"
 	"io"
@@ -266,11 +267,11 @@ func firstDifference(a, b []byte) int {
 
 // noise is n random bytes, none of them zero, so that zeros in the wrong place show.
 func noise(r *rand.Rand, n int) []byte {
-	p := make([]byte, n)
-	for i := range p {
-		p[i] = byte(r.IntN(255) + 1)
+	p := make([]byte, n+8)
+	for i := 0; i < n; i += 8 {
+		binary.LittleEndian.PutUint64(p[i:], r.Uint64()|0x0101010101010101)
 	}
-	return p
+	return p[:n:n]
 }
 
 // everyFormat runs a test on every format and caw mode.
