@@ -24,7 +24,6 @@ type prepared struct {
 	mode   uint32 // that the file was made with
 	ino    uint64
 	size   int64
-	priv   bool // it carries set-id bits or capabilities
 	sketch bool
 	priv   bool // carries set-id bits or capabilities, which a write takes away
 }
@@ -109,7 +108,6 @@ func (fs *FS) install(n *Node, p *prepared, open bool) error {
 		return err
 	}
 	n.upper, n.upIno, n.unsyncd = true, p.ino, true
-	n.privClean.Store(!p.priv)
 	n.privClean.Store(!p.priv)
 	if isReg(n.mode) {
 		n.sketch, n.stack = p.sketch, n.stackOf(p)
@@ -334,7 +332,6 @@ func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared,
 		if err != nil {
 			return err
 		}
-		p.priv = p.priv || name == "security.capability"
 		if err := p.setxattr(fs, name, v); err != nil {
 			return fmt.Errorf("%s: cannot copy attribute %s to the upper layer: %w", path, name, err)
 		}
@@ -342,7 +339,6 @@ func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared,
 	if st.Mode&unix.S_IFMT == unix.S_IFLNK {
 		return nil
 	}
-	p.priv = p.priv || mode&(unix.S_ISUID|unix.S_ISGID) != 0
 	if p.fd >= 0 && mode == p.mode && fs.work.Override() == layer.OverrideNone {
 		return nil
 	}
