@@ -120,6 +120,8 @@ type Server struct {
 	dev  transport
 	done chan struct{}
 
+	major, minor uint32 // the mount's device number
+
 	mu        sync.Mutex
 	unmounted bool
 }
@@ -156,7 +158,11 @@ func Mount(fs *union.FS, mnt string, opt Options) (*Server, error) {
 		dev.serve()
 		srv.releaseAll()
 	}()
-	if err := dev.ready(); err != nil {
+	err = dev.ready()
+	if err == nil {
+		s.major, s.minor, err = deviceOf(abs)
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("mount point %s: the mount does not answer: %w", mnt, err), s.Unmount())
 	}
 	return s, nil
@@ -164,6 +170,9 @@ func Mount(fs *union.FS, mnt string, opt Options) (*Server, error) {
 
 // Mountpoint is the directory that the mount covers, absolute and without symbolic links.
 func (s *Server) Mountpoint() string { return s.mnt }
+
+// Device is the number of the mounted filesystem, as in st_dev.
+func (s *Server) Device() (major, minor uint32) { return s.major, s.minor }
 
 // Wait returns when the mount is gone and the last request is answered.
 func (s *Server) Wait() { <-s.done }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -18,7 +17,7 @@ type transport interface {
 	name() string
 	// serve returns when the mount is gone and the last request is answered.
 	serve()
-	// ready returns once requests are answered.
+	// ready returns once requests are answered. It must not send one itself.
 	ready() error
 	// unmount takes the mount away; serve then returns.
 	unmount() error
@@ -191,25 +190,10 @@ func (t *devTransport) name() string { return "dev" }
 
 func (t *devTransport) serve() { t.Serve() }
 
-// pollProbe is a name that go-fuse keeps in the root for ready; it cannot be used for anything else.
-const pollProbe = ".go-fuse-epoll-hack"
-
-// ready makes the kernel learn that there is no POLL here. Otherwise a Go program that opens a file of its own mount
-// may wait in epoll for the goroutine that should answer.
-func (t *devTransport) ready() error {
-	if !t.root {
-		return t.WaitMount()
-	}
-	fd, err := unix.Open(filepath.Join(t.mnt, pollProbe), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	if _, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); err != nil {
-		return err
-	}
-	return t.readAhead()
-}
+// ready has little to wait for: INIT has been answered, and later requests wait in the kernel until serve reads them. It
+// asks the mount for nothing. A process that waits for its own answer cannot be killed: its descriptor of /dev/fuse, whose
+// closing would end the wait, is closed when its last thread has died.
+func (t *devTransport) ready() error { return t.readAhead() }
 
 // readAheadKB is how far the kernel reads ahead in cached files. Measured on a sequential read of a cached lower file:
 // 128 KiB, the kernel's default, is 1.6 times slower, 1 MiB no faster.
@@ -217,15 +201,24 @@ const readAheadKB = "512"
 
 // readAhead sets the mount's read-ahead. In a container sysfs may be out of reach; the default stays then.
 func (t *devTransport) readAhead() error {
-	var st unix.Stat_t
-	if err := unix.Stat(t.mnt, &st); err != nil {
+	major, minor, err := deviceOf(t.mnt)
+	if err != nil {
 		return err
 	}
-	knob := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(st.Dev), unix.Minor(st.Dev))
+	knob := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", major, minor)
 	if err := os.WriteFile(knob, []byte(readAheadKB), 0); err != nil && t.srv.opt.Debug {
 		t.srv.opt.Logf("read-ahead stays at the kernel's default: %v", err)
 	}
 	return nil
+}
+
+// deviceOf tells the number of the filesystem at path from what the kernel has cached, without asking its server.
+func deviceOf(path string) (major, minor uint32, err error) {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_STATX_DONT_SYNC, 0, &st); err != nil {
+		return 0, 0, err
+	}
+	return st.Dev_major, st.Dev_minor, nil
 }
 
 func (t *devTransport) unmount() error {

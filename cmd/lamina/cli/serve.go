@@ -31,7 +31,6 @@ type instance struct {
 	fs      *union.FS
 	control *control
 	server  *fusefs.Server
-	dev     uint64 // the mount's st_dev
 }
 
 // serve mounts on mnt, calls ready, and returns when the mount is gone and everything is flushed. Before ready an error
@@ -99,11 +98,6 @@ func (in *instance) start() (err error) {
 	if in.server, err = fusefs.Mount(in.fs, in.mnt, in.fuseOptions()); err != nil {
 		return err
 	}
-	var st unix.Stat_t
-	if err := unix.Stat(in.mnt, &st); err != nil {
-		return errors.Join(fmt.Errorf("mount point %s: %w", in.mnt, err), in.server.Unmount())
-	}
-	in.dev = st.Dev
 	in.control.serve(in.status)
 	return nil
 }
@@ -357,7 +351,8 @@ func (in *instance) onSignal(sig os.Signal, detached bool) bool {
 // abort ends the FUSE connection: whoever uses the mount gets ENOTCONN. Where nobody has mounted the filesystem that
 // controls connections, a detached mount of it serves.
 func (in *instance) abort() error {
-	name := strconv.FormatUint(in.dev, 10) + "/abort"
+	_, minor := in.server.Device() // FUSE has no major number
+	name := strconv.FormatUint(uint64(minor), 10) + "/abort"
 	err := os.WriteFile("/sys/fs/fuse/connections/"+name, []byte("1"), 0)
 	if !errors.Is(err, os.ErrNotExist) {
 		return err
