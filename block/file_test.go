@@ -36,11 +36,22 @@ func (r *rig) allocated() int64 {
 	return st.Blocks * 512
 }
 
+// logSpace prints what docs/format.md quotes.
+func (r *rig) logSpace(written string) {
+	r.t.Helper()
+	h, err := r.f.s.Header()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Logf("%s written: %d bytes allocated, header of %d bytes", written, r.allocated(), len(h))
+}
+
 // TestSpace: what writing to a 1 GiB file costs in the upper layer, table and filesystem overhead included.
 func TestSpace(t *testing.T) {
 	for name, format := range map[string]Format{"sparse": Sparse, "bcow": BCoW, "single": BCoWSingle} {
 		t.Run(name, func(t *testing.T) {
 			r := sparseRig(t, Options{Format: format, CaW: CaWLazy}, 1<<30)
+			r.logSpace("nothing")
 			if n := r.allocated(); n != 0 {
 				t.Errorf("an empty sketch allocates %d bytes", n)
 			}
@@ -48,6 +59,7 @@ func TestSpace(t *testing.T) {
 			if err := r.f.Sync(); err != nil {
 				t.Fatal(err)
 			}
+			r.logSpace("1 byte")
 			if n := r.allocated(); n > 64<<10 {
 				t.Errorf("1 byte written, %d bytes allocated", n)
 			}
@@ -65,9 +77,8 @@ func TestSpace(t *testing.T) {
 				}
 			}
 			r.reopen() // which also gives back what a filesystem had reserved behind the end for writes to come
-			n := r.allocated()
-			t.Logf("1000 random blocks: %d bytes", n)
-			if n > 4_500_000 {
+			r.logSpace("1000 random blocks")
+			if n := r.allocated(); n > 4_500_000 {
 				t.Errorf("1000 random blocks written, %d bytes allocated", n)
 			}
 		})
