@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -237,6 +238,16 @@ func (c *crasher) step() {
 			v = append(v, make([]byte, n-len(v))...)
 		}
 	}
+	failing := c.rand.IntN(6) == 0
+	if failing {
+		c.store.fail = func(op string, n int) (int, error) {
+			if op != "sync" && c.rand.IntN(3) == 0 {
+				return 0, unix.ENOSPC
+			}
+			return n, nil
+		}
+	}
+	before, changes := c.h.now(), true
 	var err error
 	switch k := c.rand.IntN(16); k {
 	case 0, 1, 2, 3, 4, 5:
@@ -268,27 +279,27 @@ func (c *crasher) step() {
 		c.h.add(v, int64(off), int64(off+n))
 		err = c.f.Fallocate(punch, int64(off), int64(n))
 	case 8, 9, 10:
-		c.what = "sync"
+		c.what, changes = "sync", false
 		if err = c.f.Sync(); err == nil {
 			c.h.sync()
 		}
 	case 11:
-		c.what = "commit"
+		c.what, changes = "commit", false
 		if err = c.f.commit(); err == nil {
 			c.h.commit()
 		}
 	case 12:
-		c.what = "close and open"
+		c.what, changes = "close and open", false
 		if err = c.f.Close(); err == nil {
 			c.h.commit()
 			c.open()
 		}
 	case 13:
-		c.what = "copy"
-		c.f.copyQueued()
+		c.what, changes = "copy", false
+		err = c.f.completeAll()
 	case 14:
 		if c.rand.IntN(6) == 0 {
-			c.what = "complete"
+			c.what, changes = "complete", false
 			if err = c.f.Complete(); err == nil {
 				c.h.add(c.h.now(), 0, int64(size)) // every block is in the upper file now
 				c.h.commit()
@@ -298,13 +309,34 @@ func (c *crasher) step() {
 		c.what = fmt.Sprintf("read of %d at %d", n, off)
 		got := make([]byte, n)
 		m, _ := c.f.ReadAt(got, int64(off))
-		if i := firstDifference(got[:m], c.h.now()[off:min(off+n, size)]); i >= 0 {
+		if i := firstDifference(got[:m], c.h.now()[off:min(off+n, size)]); i >= 0 && !failing {
 			c.t.Errorf("%s: differs at %d", c.what, off+i)
 		}
 	}
-	if err != nil {
+	c.store.fail = nil
+	switch {
+	case failing && errors.Is(err, unix.ENOSPC):
+		c.refused(before, changes)
+	case err != nil:
 		c.t.Errorf("%s: %v", c.what, err)
 	}
+}
+
+// refused: an operation was refused half-way. What the file holds now is one more version; an operation that does not
+// change the content has not changed it.
+func (c *crasher) refused(before []byte, changes bool) {
+	c.what += ", refused"
+	got := make([]byte, c.f.Size())
+	if n, err := c.f.ReadAt(got, 0); n != len(got) {
+		c.t.Errorf("%s: read %d of %d: %v", c.what, n, len(got), err)
+	}
+	if i := firstDifference(got, before); i >= 0 && !changes {
+		c.t.Errorf("%s: the content changed at %d; size %d, was %d", c.what, i, len(got), len(before))
+	}
+	if strings.HasPrefix(c.what, "truncate") && len(got) == len(before) { // it has not begun: its length never became a limit
+		c.h.versions = c.h.versions[:len(c.h.versions)-1]
+	}
+	c.h.add(got, 0, 0)
 }
 
 // look cuts the power at this point, a few times.
