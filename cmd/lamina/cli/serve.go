@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -39,6 +40,7 @@ type instance struct {
 func serve(o *mountopt.Options, mnt string, lg *logger, ready func() error) error {
 	unix.Umask(0) // modes arrive from the kernel with the caller's umask already applied
 	raiseDescriptorLimit()
+	widenScheduler()
 	lg.all = o.Debug
 	in := &instance{o: o, mnt: mnt, log: lg, started: time.Now()}
 	if err := in.start(); err != nil {
@@ -69,6 +71,15 @@ func raiseDescriptorLimit() {
 	var rl unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &rl) == nil && rl.Max < enough {
 		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: enough, Max: enough})
+	}
+}
+
+// widenScheduler gives the runtime more processors than there are. Readers of requests sit in read(2), and one that
+// wakes up has to wait for a processor that the runtime has not yet taken back from another in a system call: with twice
+// two instead of two, a first write took a fifth less time on two CPUs, with four times a third. GOMAXPROCS overrides it.
+func widenScheduler() {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(min(4*runtime.GOMAXPROCS(0), 64))
 	}
 }
 
