@@ -336,7 +336,11 @@ func (c *crasher) refused(before []byte, changes bool) {
 	if strings.HasPrefix(c.what, "truncate") && len(got) == len(before) { // it has not begun: its length never became a limit
 		c.h.versions = c.h.versions[:len(c.h.versions)-1]
 	}
-	c.h.add(got, 0, 0)
+	brought := int64(0)
+	if strings.HasPrefix(c.what, "complete") { // any block may be in the upper file now
+		brought = int64(len(got))
+	}
+	c.h.add(got, 0, brought)
 }
 
 // look cuts the power at this point, a few times.
