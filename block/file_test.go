@@ -407,15 +407,14 @@ func TestDamage(t *testing.T) {
 			if _, err := f.WriteAt(make([]byte, 4096), 0); err != nil {
 				t.Fatal(err)
 			}
-			pos := f.hdr.TablePos
 			if err := f.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if h, err := ParseHeader(store.live.header); err != nil {
+			h, err := ParseHeader(store.live.header)
+			if err != nil {
 				t.Fatal(err)
-			} else {
-				pos = h.TablePos
 			}
+			pos := h.TablePos
 			store.live.write([]byte("rust"), pos+100)
 			store.live.write([]byte("rust"), pos+pageSize+100)
 			f, err = e.Open(store, low.open)
