@@ -100,7 +100,10 @@ func TestOnEveryFilesystem(t *testing.T) {
 
 // free is the space left on the filesystem of the stack.
 func (s *stack) free() int64 {
-	unix.Sync()
+	d, err := os.Open(s.dir)
+	must(s.t, err)
+	defer d.Close()
+	must(s.t, unix.Syncfs(int(d.Fd())))
 	var st unix.Statfs_t
 	must(s.t, unix.Statfs(s.dir, &st))
 	return int64(st.Bfree) * st.Bsize

@@ -21,13 +21,12 @@ import (
 // layers, then, on fresh layers, in front of its second, and so on. Each time a new mount must show the tree as it was
 // before the operation or as it is after, and doing it again must work.
 
-// changes are the system calls that change a filesystem.
+// changes are the system calls that change a filesystem by name. Those on a descriptor are left out: what operations on
+// names change so is a file that has no name yet, and dies with the process.
 var changes = map[uint64]bool{
 	unix.SYS_LINKAT: true, unix.SYS_RENAMEAT2: true, unix.SYS_UNLINKAT: true, unix.SYS_MKDIRAT: true, unix.SYS_MKNODAT: true,
-	unix.SYS_SYMLINKAT: true, unix.SYS_SETXATTR: true, unix.SYS_LSETXATTR: true, unix.SYS_FSETXATTR: true,
-	unix.SYS_LREMOVEXATTR: true, unix.SYS_FREMOVEXATTR: true, unix.SYS_UTIMENSAT: true, unix.SYS_FCHOWN: true,
-	unix.SYS_FCHOWNAT: true, unix.SYS_FCHMOD: true, unix.SYS_FCHMODAT: true, unix.SYS_FCHMODAT2: true,
-	unix.SYS_FTRUNCATE: true, unix.SYS_FALLOCATE: true, unix.SYS_PWRITE64: true, unix.SYS_IOCTL: true, unix.SYS_OPENAT: true,
+	unix.SYS_SYMLINKAT: true, unix.SYS_SETXATTR: true, unix.SYS_LSETXATTR: true, unix.SYS_LREMOVEXATTR: true,
+	unix.SYS_FCHOWNAT: true, unix.SYS_FCHMODAT: true, unix.SYS_FCHMODAT2: true,
 }
 
 const victimEnv = "LAMINA_TEST_VICTIM" // NAME OF THE OPERATION:DIRECTORY OF THE STACK
@@ -181,6 +180,7 @@ func victim(op killOp, dir string) error {
 func TestKilledBetweenAnyTwoSteps(t *testing.T) {
 	for name, op := range killOps {
 		t.Run(name, func(t *testing.T) {
+			onFilesystem(t, "tmpfs", nil) // hundreds of small trees
 			whole := newKillStack(t, op)
 			before := whole.tree()
 			if n := whole.run(name, -1); n == 0 {
@@ -259,7 +259,7 @@ func (s killStack) run(op string, n int) int {
 	self, err := os.Executable()
 	must(s.t, err)
 	cmd := exec.Command(self)
-	cmd.Env = append(os.Environ(), victimEnv+"="+op+":"+s.dir)
+	cmd.Env = append(os.Environ(), victimEnv+"="+op+":"+s.dir, "GORACE=atexit_sleep_ms=0") // or each exit takes a second
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
 	must(s.t, cmd.Start())
@@ -314,8 +314,11 @@ func isChange(t *testing.T, pid int) bool {
 	t.Helper()
 	var regs unix.PtraceRegs
 	must(t, unix.PtraceGetRegs(pid, &regs))
-	if regs.Orig_rax == unix.SYS_OPENAT {
-		return regs.Rdx&(unix.O_CREAT|unix.O_TMPFILE&^unix.O_DIRECTORY) != 0
+	switch regs.Orig_rax {
+	case unix.SYS_OPENAT:
+		return regs.Rdx&unix.O_CREAT != 0
+	case unix.SYS_UTIMENSAT:
+		return regs.Rsi != 0 // 0: of a descriptor
 	}
 	return changes[regs.Orig_rax]
 }

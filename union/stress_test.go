@@ -28,6 +28,7 @@ func TestStress(t *testing.T) {
 }
 
 func stress(t *testing.T, mode CopyUp) {
+	onFilesystem(t, "tmpfs", nil)
 	before := openDescriptors(t)
 	s := newStack(t, 2, func(p func(int, string) string) {
 		for i := range 2 {
