@@ -65,6 +65,7 @@ func runGuest(dir string) {
 	check(err)
 	s, err := Mount(fs, dir+"/mnt", Options{Logf: lines.add})
 	check(err)
+	check(refusePoll(dir + "/mnt"))
 	var rep guestReport
 	for range 2 {
 		b, err := os.ReadFile(dir + "/mnt/lib.so")
