@@ -115,11 +115,11 @@ func (fs *FS) tmpfile(dir *Node, mode uint32, c Cred) (*Node, int, error) {
 	if err != nil {
 		return nil, -1, err
 	}
-	fd, err := fs.upper.Tmpfile(path, o.mode&0o7777)
+	fd, err := fs.upper.Tmpfile(path, o.born()&0o7777)
 	if err != nil {
 		return nil, -1, err
 	}
-	if err := o.apply(object{d: fs.upper, fd: fd}, false); err != nil {
+	if err := o.apply(object{d: fs.upper, fd: fd}); err != nil {
 		unix.Close(fd)
 		return nil, -1, err
 	}
@@ -162,8 +162,8 @@ func (fs *FS) create(dir *Node, name string, mode uint32, c Cred, make func(d *l
 	path := join(parent, name)
 	if f.whiteout {
 		err = fs.replaceWhiteout(dir, path, o, make)
-	} else if err = make(fs.upper, path, o.mode); err == nil {
-		if err = o.apply(object{d: fs.upper, path: path, fd: -1}, false); err != nil {
+	} else if err = make(fs.upper, path, o.born()); err == nil {
+		if err = o.apply(object{d: fs.upper, path: path, fd: -1}); err != nil {
 			removeObject(fs.upper, path, mode)
 		}
 	}
@@ -204,10 +204,10 @@ func (fs *FS) replaceWhiteout(dir *Node, path string, o ownership, make func(d *
 		}
 		tmp = join(tmp, "new")
 	}
-	if err := make(fs.work, tmp, o.mode); err != nil {
+	if err := make(fs.work, tmp, o.born()); err != nil {
 		return err
 	}
-	err := o.apply(object{d: fs.work, path: tmp, fd: -1}, true)
+	err := o.apply(object{d: fs.work, path: tmp, fd: -1})
 	if err == nil && isDir(o.mode) {
 		if err = fs.setOpaque(fs.work, tmp); err == nil {
 			err = layer.Rename(fs.work, tmp, fs.upper, path, unix.RENAME_EXCHANGE)
@@ -260,8 +260,12 @@ func (fs *FS) ownership(dir *Node, parent string, mode uint32, c Cred) (ownershi
 	return o, nil
 }
 
-// apply gives a new object its owner. elsewhere: it was not made in its directory, so nothing was inherited.
-func (o *ownership) apply(u object, elsewhere bool) error {
+// born is the mode that an object is made with: it gets set-id bits only when it has its owner, or a crash in between
+// could leave a file that is set-id for the server's user.
+func (o *ownership) born() uint32 { return o.mode &^ (unix.S_ISUID | unix.S_ISGID) }
+
+// apply gives a new object its owner, and then its set-id bits.
+func (o *ownership) apply(u object) error {
 	special := o.mode & (unix.S_ISUID | unix.S_ISGID | unix.S_ISVTX)
 	isLink := o.mode&unix.S_IFMT == unix.S_IFLNK
 	st, err := u.stat()

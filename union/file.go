@@ -168,10 +168,8 @@ func (fs *FS) openLower(stack []lowerRef) (block.Lower, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := fs.store(fd)
-	low, err := block.OpenReadOnly(s, fs.lowerOf(stack[1:]))
+	low, err := block.OpenReadOnly(fs.store(fd), fs.lowerOf(stack[1:]))
 	if err != nil {
-		s.Close()
 		fs.logDamage("sketch in layer "+fs.lowers[ref.layer].Name(), ref.path, err)
 	}
 	return low, err

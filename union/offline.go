@@ -118,13 +118,11 @@ func (fs *FS) checkSketch(u *upperObject, repair bool, report func(Finding)) err
 		report(Finding{Path: u.path, Block: -1, What: err.Error()})
 		return nil
 	}
-	s := fs.store(fd)
-	defer s.Close()
 	var lower func() (block.Lower, error)
 	if len(u.f.stack) > 0 {
 		lower = fs.lowerOf(u.f.stack)
 	}
-	findings, err := block.Check(s, lower, repair)
+	findings, err := block.Check(fs.store(fd), lower, repair)
 	if err != nil {
 		report(Finding{Path: u.path, Block: -1, What: err.Error()})
 	}
