@@ -255,23 +255,3 @@ func unescapeMountinfo(s string) string {
 	}
 	return b.String()
 }
-
-// lockDir claims a directory for this process, with flock(2) on the directory itself, which leaves nothing behind when
-// the process ends however it ends. how is LOCK_EX or LOCK_SH.
-func lockDir(fd int, what string, how int) error {
-	err := unix.Flock(fd, how|unix.LOCK_NB)
-	if err == unix.EWOULDBLOCK {
-		return &busyError{what}
-	}
-	if err != nil {
-		return fmt.Errorf("%s: cannot be locked: %w", what, err)
-	}
-	return nil
-}
-
-// busyError: somebody else has the lock.
-type busyError struct{ what string }
-
-func (e *busyError) Error() string {
-	return e.what + ": in use by another mount, fsck or flatten (lamina status lists mounts): unmount that first"
-}

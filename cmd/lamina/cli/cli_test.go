@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -212,6 +213,45 @@ func TestBusyUpper(t *testing.T) {
 		fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", l.path("l1"), l.path("upper"), l.path("work"))))
 	l.fails([]string{"mount", "-o", rw, other.path("mnt")}, "in use by the overlay mount on "+l.path("mnt"))
 	must(t, unix.Unmount(l.path("mnt"), 0))
+}
+
+// Who mounts again right after umount(2) meets the old server, which still flushes or has a last user.
+func TestMountAfterUmount(t *testing.T) {
+	l := newLayers(t)
+	for range 10 {
+		l.ok("mount", "-o", rw, "mnt")
+		must(t, os.WriteFile(l.path("mnt/big"), []byte("upper"), 0o644))
+		must(t, unix.Unmount(l.path("mnt"), 0))
+	}
+	l.ok("mount", "-o", rw, "mnt")
+	f, err := os.Open(l.path("mnt/file"))
+	must(t, err)
+	defer f.Close()
+	must(t, unix.Unmount(l.path("mnt"), unix.MNT_DETACH))
+	exe, err := os.Executable()
+	must(t, err)
+	cmd := exec.Command(exe, "mount", "-o", rw, "mnt")
+	cmd.Args[0], cmd.Dir = "lamina", l.dir
+	stderr, err := cmd.StderrPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	said, err := bufio.NewReader(stderr).ReadString('\n')
+	if err != nil || !strings.Contains(said, "waiting for the last user of the mount on "+l.path("mnt")) || l.mounted() {
+		t.Errorf("while the old mount is in use: %q %v, mounted: %t", said, err, l.mounted())
+	}
+	must(t, f.Close())
+	must(t, cmd.Wait())
+	l.ok("umount", "mnt")
+}
+
+func TestLockPID(t *testing.T) {
+	const locks = "1: POSIX  ADVISORY  WRITE 7 08:02:131 0 EOF\n2: FLOCK  ADVISORY  WRITE 12 08:02:1310 0 EOF\n" +
+		"3: FLOCK  ADVISORY  READ 34 08:02:131 0 EOF\n3: -> FLOCK  ADVISORY  WRITE 56 08:02:131 0 EOF\n"
+	for id, want := range map[string]int{"08:02:131": 34, "08:02:1310": 12, "08:02:13": 0} {
+		if got := lockPID(locks, id); got != want {
+			t.Errorf("%s: %d, want %d", id, got, want)
+		}
+	}
 }
 
 func TestUmountBusy(t *testing.T) {

@@ -30,6 +30,8 @@ type Status struct {
 	Version    string    `json:"version"`
 	Started    time.Time `json:"started"`
 	Log        string    `json:"log,omitempty"`
+	Device     string    `json:"device"`   // of the mounted filesystem, MAJOR:MINOR as in /proc/self/mountinfo
+	Flushing   bool      `json:"flushing"` // the mount is gone, and the server still writes what is left
 
 	Lower     []string `json:"lower"`
 	Upper     string   `json:"upper,omitempty"`
@@ -71,8 +73,10 @@ type Blocks struct {
 
 func (in *instance) status() Status {
 	f, e := in.server.Status(), in.engine.Stats()
+	major, minor := in.server.Device()
 	return Status{
 		Mountpoint: in.mnt, PID: os.Getpid(), Version: Version(), Started: in.started, Log: in.log.path,
+		Device: fmt.Sprintf("%d:%d", major, minor), Flushing: in.flushing.Load(),
 		Lower: in.o.Lower, Upper: in.o.Upper, Work: in.o.Work,
 		Format: string(in.o.Format), CaW: string(in.o.CaW), CopyUp: string(in.o.CopyUp), Fill: string(in.o.Fill),
 		Volatile: in.o.Volatile, Namespace: strings.TrimSuffix(namespace(in.o).Prefix(), "."),

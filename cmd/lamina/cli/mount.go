@@ -139,8 +139,10 @@ func mount(f *mountFlags, args []string) error {
 	}
 	lg := newStderrLog()
 	defer lg.close(mnt)
-	return withCode(exitFailure, serve(o, mnt, lg, func() error { return nil }))
+	return withCode(exitFailure, serve(o, mnt, lg, printNote, func() error { return nil }))
 }
+
+func printNote(msg string) { fmt.Fprintln(os.Stderr, "lamina: "+msg) }
 
 func mountInBackground(f *mountFlags, args []string, mnt string) error {
 	if err := startServer(f, args, mnt); err != nil {
@@ -164,6 +166,7 @@ func parseOptions(options []string) (*mountopt.Options, error) {
 const (
 	readyOK    = "ready"
 	readyError = "error "
+	readyNote  = "note " // of several, before one of the others
 )
 
 // startServer runs this program again, in a session of its own, and waits until it serves or says why not.
@@ -203,8 +206,7 @@ func startServer(f *mountFlags, args []string, mnt string) error {
 	if err != nil {
 		return fmt.Errorf("starting the server: %w", err)
 	}
-	line, err := bufio.NewReader(r).ReadString('\n')
-	line = strings.TrimSuffix(line, "\n")
+	line, err := awaitServer(r)
 	if msg, failed := strings.CutPrefix(line, readyError); failed {
 		_ = cmd.Wait() // it says nothing that the message did not
 		return errors.New(msg)
@@ -218,6 +220,19 @@ func startServer(f *mountFlags, args []string, mnt string) error {
 	return fmt.Errorf("the server ended before the mount was ready (%w): see %s", err, logPath(mnt))
 }
 
+// awaitServer passes the server's notes on and returns its last word.
+func awaitServer(pipe io.Reader) (string, error) {
+	for r := bufio.NewReader(pipe); ; {
+		line, err := r.ReadString('\n')
+		line = strings.TrimSuffix(line, "\n")
+		note, is := strings.CutPrefix(line, readyNote)
+		if err != nil || !is {
+			return line, err
+		}
+		printNote(note)
+	}
+}
+
 // serveInBackground is the server's side of startServer.
 func serveInBackground(o *mountopt.Options, mnt string, readyFD int) error {
 	unix.CloseOnExec(readyFD)
@@ -227,6 +242,7 @@ func serveInBackground(o *mountopt.Options, mnt string, readyFD int) error {
 		parent.Close()
 		return err
 	}
+	note := func(msg string) { _, _ = io.WriteString(parent, readyNote+msg+"\n") } // ready will find out who is gone
 	lg, err := detach(mnt)
 	if err != nil {
 		return silently(err, tell(readyError+oneLine(err)))
@@ -234,7 +250,7 @@ func serveInBackground(o *mountopt.Options, mnt string, readyFD int) error {
 	defer lg.close(mnt)
 	told := false
 	if err = checkDirs(o); err == nil {
-		err = serve(o, mnt, lg, func() error {
+		err = serve(o, mnt, lg, note, func() error {
 			told = true
 			return tell(readyOK)
 		})

@@ -114,9 +114,9 @@ func offlineLayers(upper string, options []string, lock int) (cfg union.Config, 
 			return cfg, closeAll, nil, err
 		}
 	}
-	err = lockDir(cfg.Upper.RootFD(), "upper layer "+upper, lock)
+	err = claim(cfg.Upper.RootFD(), "upper layer "+upper, lock, printNote)
 	if err == nil && cfg.Work != nil {
-		err = lockDir(cfg.Work.RootFD(), "workdir "+o.Work, lock)
+		err = claim(cfg.Work.RootFD(), "workdir "+o.Work, lock, printNote)
 	}
 	var b *busyError
 	if errors.As(err, &b) {

@@ -32,17 +32,20 @@ type instance struct {
 	fs      *union.FS
 	control *control
 	server  *fusefs.Server
+
+	flushing atomic.Bool  // the mount is gone
+	note     func(string) // tells whoever waits for the mount why it takes long
 }
 
 // serve mounts on mnt, calls ready, and returns when the mount is gone and everything is flushed. Before ready an error
 // means that nothing was mounted or changed; after it, that data could not be flushed. If ready fails, whoever asked for
-// the mount is gone, and so is the mount.
-func serve(o *mountopt.Options, mnt string, lg *logger, ready func() error) error {
+// the mount is gone, and so is the mount. note tells what takes long before that.
+func serve(o *mountopt.Options, mnt string, lg *logger, note func(string), ready func() error) error {
 	unix.Umask(0) // modes arrive from the kernel with the caller's umask already applied
 	raiseDescriptorLimit()
 	widenScheduler()
 	lg.all = o.Debug
-	in := &instance{o: o, mnt: mnt, log: lg, started: time.Now()}
+	in := &instance{o: o, mnt: mnt, log: lg, started: time.Now(), note: note}
 	if err := in.start(); err != nil {
 		return errors.Join(err, in.abandon())
 	}
@@ -54,6 +57,7 @@ func serve(o *mountopt.Options, mnt string, lg *logger, ready func() error) erro
 		}
 	}
 	in.server.Wait()
+	in.flushing.Store(true)
 	stop()
 	err := in.fs.Close()
 	if err != nil {
@@ -171,7 +175,7 @@ func (in *instance) openOwn(option, path string, ns layer.Namespace) (*layer.Dir
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", option, err)
 	}
-	return d, lockDir(d.RootFD(), option+" "+path, unix.LOCK_EX)
+	return d, claim(d.RootFD(), option+" "+path, unix.LOCK_EX, in.note)
 }
 
 var overrides = map[mountopt.Perms]layer.Override{
@@ -345,6 +349,10 @@ func (in *instance) onSignal(sig os.Signal, detached bool) bool {
 		return true
 	}
 	err := in.server.Unmount()
+	if errors.Is(err, unix.EINVAL) {
+		in.log.printf("%s: %v: it is detached already, and served until the last user is gone, or until the next signal", in.mnt, sig)
+		return true
+	}
 	if !errors.Is(err, unix.EBUSY) {
 		if err != nil {
 			in.log.printf("%s: %v: %v", in.mnt, sig, err)

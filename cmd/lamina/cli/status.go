@@ -79,7 +79,11 @@ func printTable(w io.Writer, all []Status) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "MOUNTPOINT\tPID\tLOWERS\tTRANSPORT\tPASSTHROUGH\tOPEN\tSKETCHES\tLOWER\tIN TRANSIT\tUPPER\tQUEUE\tNOT COPIED\tERRORS")
 	for _, s := range all {
-		fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%s\t%d\t%d\t%d\t%d\t%d\t%d\t%s\t%d\n", s.Mountpoint, s.PID, len(s.Lower), s.Transport, s.Passthrough, s.OpenFiles,
+		mnt := s.Mountpoint
+		if s.Flushing {
+			mnt += " (unmounted, flushing)"
+		}
+		fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%s\t%d\t%d\t%d\t%d\t%d\t%d\t%s\t%d\n", mnt, s.PID, len(s.Lower), s.Transport, s.Passthrough, s.OpenFiles,
 			s.Sketches, s.Blocks.Lower, s.Blocks.InTransit, s.Blocks.Upper, s.Queue, humanBytes(s.BytesNotCopied), s.Errors)
 	}
 	return t.Flush()
