@@ -3,6 +3,7 @@ package traps
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -52,7 +53,8 @@ func TestTrapPodmanArguments(t *testing.T) {
 	check(t, os.Symlink("../one/diff", filepath.Join(driver, "l/ONE")))
 	check(t, os.Symlink("../two/diff", filepath.Join(driver, "l/TWO")))
 	merged := filepath.Join(driver, "c/merged")
-	run := func(opts string) error {
+	run := func(t *testing.T, opts string) error {
+		t.Helper()
 		detach(t, merged)
 		cmd := exec.Command(program(t), "-o", opts, merged)
 		cmd.Dir = driver
@@ -79,22 +81,28 @@ func TestTrapPodmanArguments(t *testing.T) {
 	}
 
 	t.Run("plain", func(t *testing.T) {
-		check(t, run(rw))
+		check(t, run(t, rw))
 		wantFile(t, merged+"/f", []byte("one"))
 		wantFile(t, merged+"/only", []byte("two"))
 		unmount()
 	})
 	t.Run("mountopts", func(t *testing.T) {
-		check(t, run(rw+",nodev,volatile"))
+		check(t, run(t, rw+",nodev,volatile"))
 		wantFile(t, merged+"/f", []byte("one"))
 		unmount()
 	})
 	t.Run("mapped", func(t *testing.T) {
-		check(t, run(rw+",uidmapping=:0:100000:65536,gidmapping=:0:100000:65536"))
+		check(t, run(t, rw+",uidmapping=:0:100000:65536,gidmapping=:0:100000:65536"))
 		if uid, gid := owner("f"); uid != 100005 || gid != 100006 {
 			t.Errorf("f belongs to %d:%d, want 100005:100006", uid, gid)
 		}
-		check(t, os.WriteFile(merged+"/new", nil, 0o644))
+		if err := os.WriteFile(merged+"/new", nil, 0o644); !errors.Is(err, unix.EOVERFLOW) {
+			t.Errorf("a user without a number in the layers created a file: %v", err)
+		}
+		out, err := exec.Command("setpriv", "--reuid=100000", "--regid=100000", "--clear-groups", "touch", merged+"/new").CombinedOutput()
+		if err != nil {
+			t.Fatalf("the container's root creates a file: %v: %s", err, out)
+		}
 		check(t, unix.Lchown(merged+"/new", 100010, 100011))
 		if uid, gid := owner("new"); uid != 100010 || gid != 100011 {
 			t.Errorf("new belongs to %d:%d", uid, gid)
@@ -108,14 +116,14 @@ func TestTrapPodmanArguments(t *testing.T) {
 		check(t, os.Remove(driver+"/c/diff/new"))
 	})
 	t.Run("squashed", func(t *testing.T) {
-		check(t, run(rw+",squash_to_uid=1234,squash_to_gid=4321"))
+		check(t, run(t, rw+",squash_to_uid=1234,squash_to_gid=4321"))
 		if uid, gid := owner("f"); uid != 1234 || gid != 4321 {
 			t.Errorf("f belongs to %d:%d, want 1234:4321", uid, gid)
 		}
 		unmount()
 	})
 	t.Run("xattr_permissions", func(t *testing.T) {
-		check(t, run(rw+",xattr_permissions=2"))
+		check(t, run(t, rw+",xattr_permissions=2"))
 		check(t, os.WriteFile(merged+"/x", nil, 0o640))
 		check(t, unix.Lchown(merged+"/x", 77, 88))
 		if uid, gid := owner("x"); uid != 77 || gid != 88 {
@@ -129,7 +137,7 @@ func TestTrapPodmanArguments(t *testing.T) {
 		}
 	})
 	t.Run("read-only", func(t *testing.T) {
-		check(t, run("lowerdir="+driver+"/one/diff:l/TWO"))
+		check(t, run(t, "lowerdir="+driver+"/one/diff:l/TWO"))
 		wantFile(t, merged+"/f", []byte("one"))
 		wantErrno(t, "writing without an upper", os.WriteFile(merged+"/f", nil, 0o644), unix.EROFS)
 		unmount()
