@@ -134,7 +134,10 @@ func checkUpper(o *mountopt.Options, lowers []checkedDir) error {
 	if err := checkVolatile(&work); err != nil {
 		return err
 	}
-	return checkKernelMount(&upper, &work)
+	if err := checkKernelMount(&upper, &work); err != nil || o.CopyUp != mountopt.CopyUpClone {
+		return err
+	}
+	return checkClone(&work, lowers)
 }
 
 // checkApart refuses two directories of which one is the other or lies inside it. A mount boundary keeps them apart:
@@ -204,6 +207,47 @@ func checkVolatile(work *checkedDir) error {
 		return fmt.Errorf("%s: a volatile mount did not end cleanly (%s exists): its contents cannot be trusted; start from an empty upperdir and workdir", work, mark)
 	}
 	return nil
+}
+
+const cloneRemedy = "use copyup=auto, or put upper and lowers on one XFS or btrfs"
+
+// checkClone refuses copyup=clone where every copy-up would fail.
+func checkClone(work *checkedDir, lowers []checkedDir) error {
+	to, err := filesystemOf(unix.AT_FDCWD, work.path)
+	if err != nil {
+		return fmt.Errorf("%s: %w", work, err)
+	}
+	for i := range lowers {
+		from, err := filesystemOf(unix.AT_FDCWD, lowers[i].path)
+		if err != nil {
+			return fmt.Errorf("%s: %w", &lowers[i], err)
+		}
+		if from != to {
+			return fmt.Errorf("copyup=clone: %s lies on another filesystem than %s: %s", &lowers[i], work, cloneRemedy)
+		}
+	}
+	err = tryClone(work.path)
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOTTY) {
+		return fmt.Errorf("copyup=clone: the filesystem of %s cannot clone files (%w): %s", work, err, cloneRemedy)
+	}
+	if err != nil {
+		return fmt.Errorf("copyup=clone: %s: %w", work, err)
+	}
+	return nil
+}
+
+// tryClone clones one nameless file into another.
+func tryClone(dir string) error {
+	var fds [2]int
+	for i := range fds {
+		fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		fds[i] = fd
+	}
+	return unix.IoctlFileClone(fds[0], fds[1])
 }
 
 // checkKernelMount refuses an upper directory or workdir that kernel overlayfs has in use.

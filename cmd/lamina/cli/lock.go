@@ -129,23 +129,38 @@ func lockOwner(fd int) (owner, error) {
 
 // lockID names a directory as /proc/locks does: by its filesystem's number, which on btrfs is not its st_dev.
 func lockID(fd int) (string, error) {
-	var st unix.Statx_t
-	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_INO|unix.STATX_MNT_ID, &st); err != nil {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
 		return "", err
 	}
-	info, err := os.ReadFile("/proc/self/mountinfo")
+	sb, err := filesystemOf(fd, "")
 	if err != nil {
 		return "", err
 	}
-	major, minor := st.Dev_major, st.Dev_minor
+	return fmt.Sprintf("%02x:%02x:%d", sb.major, sb.minor, st.Ino), nil
+}
+
+// deviceNumber is a filesystem's.
+type deviceNumber struct{ major, minor uint32 }
+
+// filesystemOf tells which filesystem path, relative to fd, or fd itself, is on. All subvolumes of a btrfs are one.
+func filesystemOf(fd int, path string) (deviceNumber, error) {
+	var st unix.Statx_t
+	if err := unix.Statx(fd, path, unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &st); err != nil {
+		return deviceNumber{}, err
+	}
+	info, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return deviceNumber{}, err
+	}
 	for line := range strings.Lines(string(info)) {
-		var id uint64
-		var parent, mountMajor, mountMinor uint32
-		if n, _ := fmt.Sscanf(line, "%d %d %d:%d", &id, &parent, &mountMajor, &mountMinor); n == 4 && id == st.Mnt_id {
-			major, minor = mountMajor, mountMinor
+		var id, parent uint64
+		var d deviceNumber
+		if n, _ := fmt.Sscanf(line, "%d %d %d:%d", &id, &parent, &d.major, &d.minor); n == 4 && id == st.Mnt_id {
+			return d, nil
 		}
 	}
-	return fmt.Sprintf("%02x:%02x:%d", major, minor, st.Ino), nil
+	return deviceNumber{st.Dev_major, st.Dev_minor}, nil // not mounted here, but open
 }
 
 // lockPID looks a flock up in the text of /proc/locks: "1: FLOCK  ADVISORY  WRITE 1234 08:02:131 0 EOF".
