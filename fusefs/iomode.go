@@ -280,9 +280,8 @@ func (s *server) release(h *handle) {
 	s.modes.drop(h.id, m)
 }
 
-// releaseAll ends the descriptors whose RELEASE, and the files whose FORGET, the kernel dropped when the mount went.
+// releaseAll ends the descriptors whose RELEASE the kernel dropped when the mount went.
 func (s *server) releaseAll() {
-	s.departed.forgetAll()
 	for _, h := range s.handles.takeAll() {
 		s.release(h)
 	}

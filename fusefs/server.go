@@ -33,7 +33,6 @@ type server struct {
 	awaited sync.Map      // by st_ino: files that were detached and whose writer has yet to open the new node
 	errors  atomic.Uint64 // answers of EIO
 
-	departed departed
 }
 
 var _ fuse.RawFileSystem = (*server)(nil)
@@ -130,7 +129,6 @@ func (s *server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *f
 
 func (s *server) Forget(id, nlookup uint64) {
 	s.stats.count(opForget)
-	s.departed.forget(id)
 	s.fs.Forget(id, nlookup)
 }
 
@@ -191,7 +189,7 @@ func (s *server) Unlink(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.S
 	s.stats.count(opUnlink)
 	dir, err := s.node(h.NodeId)
 	if err == nil {
-		err = s.removing(dir, name, func() error { return s.fs.Unlink(dir, name) })
+		err = s.fs.Unlink(dir, name)
 	}
 	return s.status(err)
 }
@@ -215,11 +213,7 @@ func (s *server) Rename(_ <-chan struct{}, in *fuse.RenameIn, oldName, newName s
 	if err != nil {
 		return s.status(err)
 	}
-	rename := func() error { return s.fs.Rename(oldDir, oldName, newDir, newName, in.Flags) }
-	if in.Flags != 0 {
-		return s.status(rename()) // RENAME_NOREPLACE and RENAME_EXCHANGE remove nothing
-	}
-	return s.status(s.removing(newDir, newName, rename))
+	return s.status(s.fs.Rename(oldDir, oldName, newDir, newName, in.Flags))
 }
 
 func (s *server) Readlink(_ <-chan struct{}, h *fuse.InHeader) ([]byte, fuse.Status) {

@@ -85,7 +85,7 @@ func (fs *FS) install(n *Node, p *prepared, open bool) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	old := n.cur.Load()
-	if n.dead && old == nil {
+	if n.dead && old == nil && !open {
 		fs.abandon(p)
 		return unix.ESTALE // its last name and its last descriptor are gone
 	}
@@ -123,9 +123,7 @@ func (fs *FS) install(n *Node, p *prepared, open bool) error {
 	}
 	if open {
 		n.opens++
-		if old == nil {
-			fs.pin(n) // until the content is closed
-		}
+		n.hold()
 	}
 	return nil
 }

@@ -79,8 +79,8 @@ func (fs *FS) openNew(n *Node, fd int, flags uint32) (*Handle, error) {
 		f.Close()
 	} else {
 		n.cur.Store(&content{file: f})
-		fs.pin(n)
 	}
+	n.hold()
 	n.opens++
 	return &Handle{n: n, flags: flags}, nil
 }

@@ -82,14 +82,41 @@ func (fs *FS) acquire(n *Node) error {
 			return err
 		}
 		n.cur.Store(c)
-		fs.pin(n) // until the content is closed
 	}
+	n.hold()
 	n.opens++
 	return nil
 }
 
+// hold keeps the node alive until its content is closed. The caller holds mu.
+func (n *Node) hold() {
+	if !n.held {
+		n.held = true
+		n.fs.pin(n)
+	}
+}
+
+// keep leaves the content of an upper file open that is about to lose its last name, until the kernel forgets the node:
+// somebody may have looked the name up and be about to open it. A lower file needs no keeping. The caller holds tree
+// for writing.
+func (fs *FS) keep(n *Node, was *Attr) {
+	if !isReg(n.mode) || !n.upper || was.Nlink > 1 {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.cur.Load() == nil {
+		c, err := fs.openContent(n)
+		if err != nil {
+			return // damaged: nobody could open it under its name either
+		}
+		n.cur.Store(c)
+	}
+	n.kept = true
+}
+
 func (fs *FS) openContent(n *Node) (*content, error) {
-	if n.dead {
+	if n.dead && n.upper {
 		return nil, unix.ESTALE // its last name and its last descriptor are gone
 	}
 	if !n.upper {
@@ -235,6 +262,10 @@ func (n *Node) settled(f *block.File) {
 	if n.opens > 0 || c == nil || c.file != f {
 		return
 	}
+	if n.kept {
+		n.closeContent(c)
+		return
+	}
 	n.remember(f)
 	if err := f.Close(); err != nil {
 		if !n.fs.closing.Load() {
@@ -251,11 +282,17 @@ func (n *Node) settled(f *block.File) {
 // remember keeps what stat needs to know of a file while it is closed. The caller holds mu.
 func (n *Node) remember(f *block.File) { n.size, n.sketch = f.Size(), f.Sketch() }
 
-// closeContent closes a content without saving what its upper file has not yet put on disk. The caller holds mu.
+// closeContent closes a content, unless it is kept, without saving what its upper file has not yet put on disk. The
+// caller holds mu.
 func (n *Node) closeContent(c *content) {
-	n.cur.Store(nil)
-	c.close()
-	n.fs.unpin(n)
+	if !n.kept {
+		n.cur.Store(nil)
+		c.close()
+	}
+	if n.held {
+		n.held = false
+		n.fs.unpin(n)
+	}
 }
 
 // ReadAt reads from the file as it is now; io.EOF at its end.

@@ -41,6 +41,8 @@ type Node struct {
 
 	mu     sync.Mutex
 	opens  int
+	held   bool // pinned, because its content is open
+	kept   bool // dead, but its content stays open until the node goes
 	cur    atomic.Pointer[content]
 	sketch bool  // while closed: the upper object is a sketch
 	size   int64 // while closed, of a sketch: logical size
@@ -139,6 +141,9 @@ func (fs *FS) collect(n *Node) {
 		n.id = 0
 		fs.live--
 		fs.unshare(n)
+		if c := n.cur.Swap(nil); c != nil { // kept; closing may have to wait for a commit
+			go c.close()
+		}
 		links := n.links
 		n.links = nil
 		n.list.Store(nil)

@@ -71,10 +71,13 @@ func (fs *FS) unlink(dir *Node, name string) (*Node, error) {
 		return n, nil
 	}
 	defer fs.Forget(n.id, 1)
-	last, err := fs.attr(n)
-	if err != nil {
-		last = f.st // damaged, but still to be removed
+	last := f.st
+	if n.upper || n.stack[0].sketch {
+		if st, err := fs.attr(n); err == nil { // a damaged file is still to be removed
+			last = st
+		}
 	}
+	fs.keep(n, &last)
 	if n.indexed {
 		inUpper, err = true, fs.beforeUnlink(n, dir, name, inUpper)
 		if err != nil {

@@ -221,6 +221,7 @@ func (r *rename) move() error {
 		if was, err = fs.attr(d); err != nil {
 			was = r.new.f.st
 		}
+		fs.keep(d, &was)
 	}
 	if err := r.rename(); err != nil {
 		return err

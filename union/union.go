@@ -155,6 +155,7 @@ func (fs *FS) prepareWork() error {
 func (fs *FS) Close() error {
 	fs.closing.Store(true)
 	err := fs.cfg.Engine.Close()
+	fs.closeKept()
 	if fs.upper != nil && err == nil && fs.cfg.Volatile {
 		if err = unix.Syncfs(fs.upper.RootFD()); err == nil {
 			err = fs.work.Rmdir(dirtyMark)
@@ -272,3 +273,16 @@ func join(dir, name string) string {
 
 func isDir(mode uint32) bool { return mode&unix.S_IFMT == unix.S_IFDIR }
 func isReg(mode uint32) bool { return mode&unix.S_IFMT == unix.S_IFREG }
+
+// closeKept closes what was kept for a kernel that went without forgetting it.
+func (fs *FS) closeKept() {
+	fs.byID.Range(func(_, v any) bool {
+		n := v.(*Node)
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if n.kept && n.opens == 0 {
+			n.cur.Swap(nil).close()
+		}
+		return true
+	})
+}
