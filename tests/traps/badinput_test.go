@@ -111,6 +111,7 @@ func TestBadInput(t *testing.T) {
 		{"verity", good + ",verity=require", []string{"verity"}},
 		{"io_uring", good + ",transport=uring", []string{"transport"}},
 		{"clone that the disk cannot", good + ",copyup=clone", []string{"copyup=clone"}},
+		{"clone from another disk", dirs("tmpfs", "up", "work") + ",copyup=clone", []string{"copyup=clone", at("tmpfs")}},
 	} {
 		t.Run(c.name, func(t *testing.T) { refused(t, base, []string{"mount", "-o", c.opts, at("mnt")}, c.words...) })
 	}

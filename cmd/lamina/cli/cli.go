@@ -78,9 +78,13 @@ func report(err error) int {
 	return e.code
 }
 
-// oneLine flattens joined errors.
+// oneLine flattens joined errors, and a question with its answers below it.
 func oneLine(err error) string {
-	return strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
+	lines := strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' })
+	for i := range lines {
+		lines[i] = strings.TrimSpace(lines[i])
+	}
+	return strings.ReplaceAll(strings.Join(lines, "; "), "?; ", "? ")
 }
 
 // Command returns the whole command tree.
@@ -99,11 +103,31 @@ the subcommand. Installed as /sbin/mount.fuse.lamina it makes "mount -t fuse.lam
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
 	root.SetVersionTemplate("lamina: version {{.Version}}\n")
-	root.AddCommand(mountCommand(), umountCommand(), statusCommand(), fsckCommand(), flattenCommand())
+	root.AddCommand(mountCommand(), umountCommand(), statusCommand(), fsckCommand(), flattenCommand(), benchCommand())
 	for _, c := range root.Commands() {
 		c.DisableFlagsInUseLine = true // they are in it where they matter
 	}
 	return root
+}
+
+// operands accepts at least one and at most most arguments; what says what is missing without any.
+func operands(what string, most int) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return fmt.Errorf("%s is missing: usage: %s", what, c.UseLine())
+		}
+		return optional(most)(c, args)
+	}
+}
+
+// optional accepts at most most arguments.
+func optional(most int) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) > most {
+			return fmt.Errorf("unexpected argument %q: usage: %s", args[most], c.UseLine())
+		}
+		return nil
+	}
 }
 
 // Version is that of the module's build, or its revision.

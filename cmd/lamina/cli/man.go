@@ -23,7 +23,10 @@ lamina-UID in the directory for temporary files. LAMINA_RUNTIME_DIR names anothe
 		{"EXIT STATUS", `0: mounted. 1: the command line is wrong. 32: the mount failed. These are mount(8)'s.`},
 		{"FILES", `/run/lamina/NAME.log, where NAME is the mount point with dashes for slashes: what an operator must know. An empty one
 is removed when the server ends.`},
-		{"NOTES", `Without privileges the layers' private attributes are user.overlay.* (option userxattr), the mount needs fusermount3,
+		{"NOTES", `An upper directory and its workdir belong to one mount at a time. Mounted again right after umount(8), which does not wait
+for the server, they are waited for, at most a minute, until the last mount is flushed.
+
+Without privileges the layers' private attributes are user.overlay.* (option userxattr), the mount needs fusermount3,
 and passthrough is off. As root of a user namespace fusermount3 is not needed.
 
 mount -t fuse.lamina runs /sbin/mount.fuse.lamina if lamina is installed under that name, and otherwise mount.fuse3, which
@@ -33,6 +36,7 @@ With Podman, mount_program in storage.conf(5) names lamina.`},
 	},
 	"umount":  {{"EXIT STATUS", `0: unmounted and flushed. 32: failed.`}},
 	"fsck":    {{"EXIT STATUS", `0: clean. 1: something was found, repaired or not. 2: the layer could not be checked.`}},
+	"bench":   {{"EXIT STATUS", `0: measured. 32: failed, or with --strict a target was missed.`}},
 	"flatten": {{"EXIT STATUS", `0: no sketch is left. 2: failed; what was completed stays complete.`}},
 }
 
@@ -120,10 +124,23 @@ func writeFlags(b *strings.Builder, c *cobra.Command) {
 			names = "-" + f.Shorthand + ", " + names
 		}
 		if f.Value.Type() != "bool" {
-			names += " OPTION[,OPTION...]"
+			names += " " + valueName(f)
 		}
 		fmt.Fprintf(b, ".TP\n.B %s\n%s.\n", roff(names), roff(upperFirst(f.Usage)))
 	})
+}
+
+// valueName names a flag's value: that of -o is a list of mount options.
+func valueName(f *pflag.Flag) string {
+	if f.Name == "options" {
+		return "OPTION[,OPTION...]"
+	}
+	name := strings.ToUpper(f.Name)
+	if f.Value.Type() == "stringSlice" {
+		name = strings.TrimSuffix(name, "S")
+		return name + "[," + name + "...]"
+	}
+	return name
 }
 
 // writeMountOptions prints the table that the parser runs on.

@@ -62,7 +62,7 @@ uses the mount it is detached from the tree and served until the last user is go
 NAME is the source shown in /proc/mounts.`,
 		Example: `  lamina mount -o lowerdir=/layers/app:/layers/base,upperdir=/c1/upper,workdir=/c1/work /c1/merged
   mount -t fuse.lamina app /c1/merged -o lowerdir=/layers/app:/layers/base`,
-		Args: cobra.RangeArgs(1, 2),
+		Args: operands("the mount point", 2),
 		RunE: func(_ *cobra.Command, args []string) error { return mount(&f, args) },
 	}
 	f.register(cmd.Flags())

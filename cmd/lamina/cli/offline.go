@@ -30,7 +30,7 @@ With --repair, what can be mended without guessing is mended. The upper layer mu
 mounted layer can be checked too, but what is just being written may be reported.
 
 The workdir is checked as well: the one given with -o workdir=, or a directory "work" beside the upper layer.`,
-		Args: cobra.ExactArgs(1),
+		Args: operands("the upper directory", 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return fsck(cmd.OutOrStdout(), args[0], options, repair, asJSON)
 		},
@@ -51,7 +51,7 @@ func flattenCommand() *cobra.Command {
 ordinary files only and kernel overlayfs, or a tool that reads the layer as it lies, finds what the mount showed.
 
 The layer must not be mounted. Interrupted, it leaves a layer that is partly flattened and as good as before.`,
-		Args: cobra.ExactArgs(1),
+		Args: operands("the upper directory", 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return withCode(exitTrouble, flatten(cmd.OutOrStdout(), args[0], options, verbose))
 		},

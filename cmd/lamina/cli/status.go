@@ -23,7 +23,7 @@ files were not copied up whole, and errors.
 
 Blocks are those of open sketches: lower (not touched), in transit (partly written, the rest still to be copied) and
 upper. With --json the output is one object for MOUNTPOINT, or an array of objects for all mounts.`,
-		Args: cobra.MaximumNArgs(1),
+		Args: optional(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return status(cmd.OutOrStdout(), args, asJSON)
 		},

@@ -25,7 +25,7 @@ still uses the mount, nothing happens, and the message says who.
 
 With -l the mount disappears from the tree at once and is served until its last user is gone; the command does not wait
 for that. A mount whose server was killed can be taken away as well.`,
-		Args: cobra.ExactArgs(1),
+		Args: operands("the mount point", 1),
 		RunE: func(_ *cobra.Command, args []string) error { return withCode(exitFailure, umount(args[0], lazy)) },
 	}
 	cmd.Flags().BoolVarP(&lazy, "lazy", "l", false, "detach now, end when the last user is gone")
