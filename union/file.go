@@ -97,14 +97,24 @@ func (n *Node) hold() {
 }
 
 // keep leaves the content of an upper file open that is about to lose its last name, until the kernel forgets the node:
-// somebody may have looked the name up and be about to open it. A lower file needs no keeping. The caller holds tree
-// for writing.
+// somebody may have looked the name up and be about to open it, or to follow it. A lower file needs no keeping. The
+// caller holds tree for writing.
 func (fs *FS) keep(n *Node, was *Attr) {
-	if !isReg(n.mode) || !n.upper || was.Nlink > 1 {
+	if !n.upper || was.Nlink > 1 {
 		return
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	switch n.mode {
+	case unix.S_IFLNK:
+		if d, path, err := fs.upperAt(n); err == nil {
+			n.target, _ = d.Readlink(path)
+		}
+		return
+	case unix.S_IFREG:
+	default:
+		return
+	}
 	if n.cur.Load() == nil {
 		c, err := fs.openContent(n)
 		if err != nil {

@@ -41,8 +41,9 @@ type Node struct {
 
 	mu     sync.Mutex
 	opens  int
-	held   bool // pinned, because its content is open
-	kept   bool // dead, but its content stays open until the node goes
+	held   bool   // pinned, because its content is open
+	target string // of a dead symbolic link
+	kept   bool   // dead, but its content stays open until the node goes
 	cur    atomic.Pointer[content]
 	sketch bool  // while closed: the upper object is a sketch
 	size   int64 // while closed, of a sketch: logical size

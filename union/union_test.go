@@ -590,6 +590,20 @@ func TestUnlinkedFileLivesWhileOpen(t *testing.T) {
 	s.wantRead("f", "another")
 }
 
+// The kernel may have looked a link up and be about to follow it when its name goes.
+func TestUnlinkedSymlinkCanStillBeFollowed(t *testing.T) {
+	s := newStack(t, 1, func(p func(int, string) string) { must(t, os.Symlink("below", p(0, "lower"))) })
+	_, err := s.fs.Symlink(s.fs.Root(), "upper", "above", Cred{})
+	must(t, err)
+	for name, want := range map[string]string{"lower": "below", "upper": "above"} {
+		n := s.node(name)
+		must(t, s.unlink(name))
+		if got, err := s.fs.Readlink(n); err != nil || got != want {
+			t.Errorf("%s: follows to %q, %v, want %q", name, got, err, want)
+		}
+	}
+}
+
 func TestTmpfileGetsAName(t *testing.T) {
 	s := newStack(t, 1, func(p func(int, string) string) { put(t, p(0, "f"), "x") })
 	n, h, err := s.fs.Tmpfile(s.fs.Root(), unix.O_RDWR, 0o600, Cred{UID: 5, GID: 6})

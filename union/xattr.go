@@ -174,12 +174,21 @@ const (
 func (fs *FS) Readlink(n *Node) (string, error) {
 	fs.tree.RLock()
 	defer fs.tree.RUnlock()
-	if n.dead {
-		return "", unix.ESTALE
+	if n.dead && n.upper {
+		return n.deadTarget()
 	}
 	l, path, err := fs.xattrAt(n)
 	if err != nil {
 		return "", err
 	}
 	return l.Readlink(path)
+}
+
+func (n *Node) deadTarget() (string, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.target == "" {
+		return "", unix.ESTALE
+	}
+	return n.target, nil
 }
