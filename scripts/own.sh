@@ -6,7 +6,7 @@ set -eu
 name=$1
 shift
 run=$(mktemp -d "${TMPDIR:-/tmp}/lamina-$name.XXXXXX")
-chmod 755 "$run" # tests also act as other users
+chmod 1777 "$run" # as any TMPDIR: tests also act as other users
 export TMPDIR="$run"
 
 mounts() { awk -v d="$run/" 'index($2, d) == 1 { print $2 }' /proc/self/mounts | sort -r; }
