@@ -76,6 +76,10 @@ func printJSON(w io.Writer, v any) error {
 }
 
 func printTable(w io.Writer, all []Status) error {
+	if len(all) == 0 {
+		_, err := fmt.Fprintf(w, "no mounts (control sockets are looked for in %s)\n", runtimeDir())
+		return err
+	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "MOUNTPOINT\tPID\tLOWERS\tTRANSPORT\tPASSTHROUGH\tOPEN\tSKETCHES\tLOWER\tIN TRANSIT\tUPPER\tQUEUE\tNOT COPIED\tERRORS")
 	for _, s := range all {
