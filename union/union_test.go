@@ -680,6 +680,8 @@ func TestOverlayAttributesAreEscaped(t *testing.T) {
 	_, err = s.fs.Getxattr(n, "trusted.overlay.metacopy")
 	wantErr(t, err, unix.ENODATA)
 	must(t, s.fs.Removexattr(n, "trusted.overlay.opaque"))
+	wantErr(t, s.fs.Removexattr(n, "trusted.overlay.opaque"), unix.ENODATA)
+	must(t, s.fs.Removexattr(n, "system.posix_acl_access")) // an absent ACL is removed without complaint
 	s.wantRead("f", "x")
 }
 

@@ -118,10 +118,14 @@ func (fs *FS) Setxattr(n *Node, name string, value []byte, flags int, killSGID b
 	})
 }
 
-// Removexattr removes an attribute.
+// Removexattr removes an attribute. An ACL that is not there is removed successfully, as on any filesystem with ACLs.
 func (fs *FS) Removexattr(n *Node, name string) error {
 	if fs.upper != nil { // do not copy up for an attribute that is not there
-		if _, err := fs.Getxattr(n, name); err != nil {
+		_, err := fs.Getxattr(n, name)
+		if errors.Is(err, unix.ENODATA) && (name == aclAccess || name == aclDefault) {
+			return nil
+		}
+		if err != nil {
 			return err
 		}
 	}
