@@ -203,6 +203,8 @@ func (g generator) openFlags() int {
 	}
 	if f&unix.O_CREAT != 0 {
 		f &^= unix.O_DIRECTORY // together EINVAL in the VFS, before any filesystem is asked
+	} else {
+		f &^= unix.O_EXCL // alone it claims a block device, and both sides' node is one device
 	}
 	return f
 }
