@@ -120,7 +120,8 @@ func (fs *FS) nlink(n *Node, st *Attr) uint64 {
 // SetAttr changes attributes, copying the file up without its data if it is a lower one.
 func (fs *FS) SetAttr(n *Node, s SetAttr) (Attr, error) {
 	why := purpose{truncate: s.Size != nil && *s.Size == 0}
-	if s.Size == nil && !s.KillPriv {
+	// The kernel asks to drop privileges with every change of owner, and copying up for one drops them anyway.
+	if s.Size == nil && (!s.KillPriv || s.UID != nil || s.GID != nil) {
 		why.change = &s
 	}
 	served, err := fs.copyUpTo(n, why)
@@ -133,7 +134,7 @@ func (fs *FS) SetAttr(n *Node, s SetAttr) (Attr, error) {
 	switch {
 	case s.Size != nil:
 		err = fs.resize(n, *s.Size, s.KillPriv)
-	case s.KillPriv:
+	case s.KillPriv && !n.privClean.Load():
 		err = fs.dropPriv(n, true)
 	}
 	if err != nil {

@@ -140,3 +140,22 @@ func TestChangesAtCopyUp(t *testing.T) {
 		s.mount()
 	}
 }
+
+// The kernel sends every chown of a file with the order to drop privileges.
+func TestChownDropsPrivilegesOnTheWayUp(t *testing.T) {
+	caps := string([]byte{1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0})
+	s := newStack(t, 1, func(p func(int, string) string) {
+		put(t, p(0, "f"), "program")
+		setx(t, p(0, "f"), "security.capability", caps)
+		must(t, unix.Chmod(p(0, "f"), 0o6755))
+	})
+	uid := uint32(1000)
+	st, err := s.fs.SetAttr(s.node("f"), SetAttr{UID: &uid, KillPriv: true})
+	must(t, err)
+	if st.Uid != uid || st.Mode&0o7777 != 0o755 {
+		t.Errorf("owner %d, mode %o", st.Uid, st.Mode&0o7777)
+	}
+	_, err = s.fs.Getxattr(s.node("f"), "security.capability")
+	wantErr(t, err, unix.ENODATA)
+	s.wantRead("f", "program")
+}
