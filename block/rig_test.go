@@ -17,7 +17,7 @@ import (
 )
 
 var (
-	seedFlag = flag.Uint64("block.seed", 0, "seed of the random tests; 0: a new one, which is printed")
+	seedFlag = flag.Uint64("block.seed", 1, "seed of the random tests; 0: a new one, which is printed")
 	opsFlag  = flag.Int("block.ops", 200, "operations in each random test")
 )
 

@@ -31,7 +31,7 @@ import (
 )
 
 var (
-	seedFlag   = flag.Uint64("crash.seed", 0, "seed; 0 takes one from the clock")
+	seedFlag   = flag.Uint64("crash.seed", 1, "seed; 0 takes one from the clock")
 	roundsFlag = flag.Int("crash.rounds", 3, "kills for every combination of format and caw mode")
 )
 

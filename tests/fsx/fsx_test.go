@@ -27,7 +27,7 @@ import (
 )
 
 var (
-	seedFlag = flag.Uint64("fsx.seed", 0, "seed; 0 takes one from the clock")
+	seedFlag = flag.Uint64("fsx.seed", 1, "seed; 0 takes one from the clock")
 	opsFlag  = flag.Int("fsx.ops", 1000, "operations on every file")
 )
 
