@@ -88,6 +88,21 @@ func (fs *FS) acquire(n *Node) error {
 	return nil
 }
 
+// unkeep undoes keep: the name stayed after all. The caller holds tree for writing.
+func (n *Node) unkeep() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.kept {
+		return
+	}
+	n.kept = false
+	if c := n.cur.Load(); c != nil && !n.held { // opened by keep, and by nobody since
+		n.remember(c.file)
+		n.cur.Store(nil)
+		c.close()
+	}
+}
+
 // hold keeps the node alive until its content is closed. The caller holds mu.
 func (n *Node) hold() {
 	if !n.held {

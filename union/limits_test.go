@@ -159,3 +159,23 @@ func TestChownDropsPrivilegesOnTheWayUp(t *testing.T) {
 	wantErr(t, err, unix.ENODATA)
 	s.wantRead("f", "program")
 }
+
+// A file whose removal failed is an ordinary file again: nothing of it stays open.
+func TestFailedUnlinkKeepsNothingOpen(t *testing.T) {
+	s := newStack(t, 1, func(p func(int, string) string) { must(t, os.Mkdir(p(0, "d"), 0o755)) })
+	s.create("d/f", "data")
+	dir, err := os.Open(s.upper("d"))
+	must(t, err)
+	defer dir.Close()
+	const immutable = 0x10 // FS_IMMUTABLE_FL
+	must(t, unix.IoctlSetPointerInt(int(dir.Fd()), unix.FS_IOC_SETFLAGS, immutable))
+	n := s.node("d/f")
+	err = s.unlink("d/f")
+	must(t, unix.IoctlSetPointerInt(int(dir.Fd()), unix.FS_IOC_SETFLAGS, 0))
+	wantErr(t, err, unix.EPERM)
+	if n.kept || n.cur.Load() != nil {
+		t.Error("the file stays open")
+	}
+	s.wantRead("d/f", "data")
+	must(t, s.unlink("d/f"))
+}

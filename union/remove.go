@@ -78,6 +78,11 @@ func (fs *FS) unlink(dir *Node, name string) (*Node, error) {
 		}
 	}
 	fs.keep(n, &last)
+	defer func() {
+		if !n.dead {
+			n.unkeep()
+		}
+	}()
 	if n.indexed {
 		inUpper, err = true, fs.beforeUnlink(n, dir, name, inUpper)
 		if err != nil {

@@ -224,6 +224,9 @@ func (r *rename) move() error {
 		fs.keep(d, &was)
 	}
 	if err := r.rename(); err != nil {
+		if d != nil {
+			d.unkeep()
+		}
 		return err
 	}
 	r.moved()
