@@ -57,6 +57,19 @@ func (p Passthrough) String() string {
 	return fmt.Sprintf("Passthrough(%d)", uint8(p))
 }
 
+// Transport says how requests reach the server.
+type Transport uint8
+
+const (
+	// TransportAuto uses io_uring where the kernel has it for FUSE (Linux 6.14), switching it on if that is allowed, and
+	// otherwise /dev/fuse.
+	TransportAuto Transport = iota
+	// TransportUring insists on io_uring.
+	TransportUring
+	// TransportDev uses /dev/fuse.
+	TransportDev
+)
+
 // Options of a mount. The zero value mounts for the mounting user only, with everything on that the kernel offers.
 type Options struct {
 	// FSName is the source in the mount table. Empty: "lamina".
@@ -73,6 +86,8 @@ type Options struct {
 	Contexts []string
 	// Passthrough, see there.
 	Passthrough Passthrough
+	// Transport, see there.
+	Transport Transport
 	// MaxStackDepth is 1 (the zero value) or 2. 2 lets backing files lie on overlayfs, but no overlayfs can be stacked
 	// on the mount then.
 	MaxStackDepth int
@@ -148,7 +163,7 @@ func Mount(fs *union.FS, mnt string, opt Options) (*Server, error) {
 	}
 	opt.ReadOnly = opt.ReadOnly || fs.ReadOnly()
 	srv := newServer(fs, opt)
-	dev, err := mountDev(srv, abs, &srv.opt)
+	dev, err := connect(srv, abs, &srv.opt)
 	if err != nil {
 		return nil, err
 	}

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 
 	"lamina/union"
+	"lamina/uring"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -32,10 +33,12 @@ type server struct {
 	stats   counters
 	awaited sync.Map      // by st_ino: files that were detached and whose writer has yet to open the new node
 	errors  atomic.Uint64 // answers of EIO
-
 }
 
-var _ fuse.RawFileSystem = (*server)(nil)
+var (
+	_ fuse.RawFileSystem = (*server)(nil)
+	_ uring.Reader       = (*server)(nil)
+)
 
 func newServer(fs *union.FS, opt Options) *server {
 	s := &server{RawFileSystem: fuse.NewDefaultRawFileSystem(), fs: fs, opt: opt}
@@ -488,17 +491,26 @@ func (s *server) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 	}
 }
 
-func (s *server) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+func (s *server) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	n, status := s.ReadInto(cancel, in, buf)
+	if !status.Ok() {
+		return nil, status
+	}
+	return fuse.ReadResultData(buf[:n]), fuse.OK
+}
+
+// ReadInto is Read for a transport whose buffer is the answer.
+func (s *server) ReadInto(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (int, fuse.Status) {
 	s.stats.count(opRead)
 	h, err := s.handle(in.Fh)
 	if err != nil {
-		return nil, s.status(err)
+		return 0, s.status(err)
 	}
 	n, err := h.ReadAt(buf, int64(in.Offset))
 	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, s.status(err)
+		return 0, s.status(err)
 	}
-	return fuse.ReadResultData(buf[:n]), fuse.OK
+	return n, fuse.OK
 }
 
 func (s *server) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"lamina/uring"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -13,7 +15,9 @@ import (
 type Status struct {
 	Mountpoint string `json:"mountpoint"`
 	Transport  string `json:"transport"`
-	ReadOnly   bool   `json:"read_only"`
+	// Rings is nil on /dev/fuse.
+	Rings    *uring.Stats `json:"rings,omitempty"`
+	ReadOnly bool         `json:"read_only"`
 	// Passthrough is auto, on or off; Reason says why it is off, or what failed, and is empty otherwise.
 	Passthrough       string `json:"passthrough"`
 	PassthroughReason string `json:"passthrough_reason,omitempty"`
@@ -37,6 +41,7 @@ func (s *Server) Status() Status {
 	return Status{
 		Mountpoint:        s.mnt,
 		Transport:         s.dev.name(),
+		Rings:             s.dev.rings(),
 		ReadOnly:          srv.opt.ReadOnly,
 		Passthrough:       mode,
 		PassthroughReason: reason,

@@ -9,12 +9,16 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	"lamina/uring"
 )
 
-// transport carries requests to a server and notices to the kernel. Everything that knows what it is carried on is in
-// this file; another transport feeds the same server through fuse.NewProtocolServer.
+// transport carries requests to a server and notices to the kernel. What knows how is in this file, for /dev/fuse, and in
+// transport_uring.go.
 type transport interface {
 	name() string
+	// rings tells about the threads and buffers; nil where there are none.
+	rings() *uring.Stats
 	// serve returns when the mount is gone and the last request is answered.
 	serve()
 	// ready returns once requests are answered. It must not send one itself.
@@ -51,40 +55,61 @@ const maxBackground = 64
 // devTransport serves over /dev/fuse.
 type devTransport struct {
 	*fuse.Server
-	srv  *server
-	mnt  string
-	root bool // mounted with mount(2), not by fusermount3
+	srv     *server
+	mnt     string
+	root    bool // mounted with mount(2), not by fusermount3
+	options *fuse.MountOptions
 }
 
 var _ transport = (*devTransport)(nil)
 
-// mountDev mounts on mnt, an absolute path, and exchanges INIT with the kernel.
-func mountDev(srv *server, mnt string, opt *Options) (transport, error) {
-	t := &devTransport{srv: srv, mnt: mnt, root: os.Geteuid() == 0}
+// connect mounts on mnt, an absolute path, exchanges INIT with the kernel and chooses the transport. On an error nothing
+// is mounted.
+func connect(srv *server, mnt string, opt *Options) (transport, error) {
+	rings, err := openRings(opt)
+	if err != nil {
+		return nil, err
+	}
+	t, fd, err := mountDev(srv, mnt, opt, rings)
+	if err != nil {
+		if rings != nil {
+			rings.Close()
+		}
+		return nil, err
+	}
+	if rings == nil {
+		return t, nil
+	}
+	defer rings.Close()
+	return t.overRings(rings, fd, opt)
+}
+
+// mountDev mounts and answers INIT, promising io_uring if there are rings. fd is the connection's descriptor; it is the
+// transport's to close.
+func mountDev(srv *server, mnt string, opt *Options, rings *uring.Pool) (t *devTransport, fd int, err error) {
+	t = &devTransport{srv: srv, mnt: mnt, root: os.Geteuid() == 0}
 	srv.dev = t
 	o := mountOptions(opt)
-	target := mnt
+	if rings != nil {
+		o.ExtraCapabilities |= fuse.CAP_OVER_IO_URING
+	}
 	if t.root {
-		fd, err := mountDirect(mnt, opt, o)
-		if err != nil {
-			return nil, err
-		}
-		target = fmt.Sprintf("/dev/fd/%d", fd) // go-fuse's notation for a mount that is made already
+		fd, err = mountDirect(mnt, opt, o)
 	} else if len(opt.Contexts) > 0 {
-		return nil, fmt.Errorf("option %s: needs a privileged mount", opt.Contexts[0])
+		err = fmt.Errorf("option %s: needs a privileged mount", opt.Contexts[0])
+	} else {
+		fd, err = mountByHelper(mnt, o)
 	}
-	s, err := fuse.NewServer(srv, target, o)
 	if err != nil {
-		if t.root {
-			err = errors.Join(err, unix.Unmount(mnt, unix.MNT_DETACH))
-		} else {
-			err = fmt.Errorf("fusermount3 (package fuse3) could not mount: %w", err)
-		}
-		return nil, fmt.Errorf("mount point %s: %w", mnt, err)
+		return nil, -1, err
 	}
-	t.Server = s
+	// go-fuse's notation for a mount that is made already.
+	if t.Server, err = fuse.NewServer(srv, fmt.Sprintf("/dev/fd/%d", fd), o); err != nil {
+		return nil, -1, errors.Join(fmt.Errorf("mount point %s: %w", mnt, err), t.detach())
+	}
+	t.options = o
 	t.checkPassthrough()
-	return t, nil
+	return t, fd, nil
 }
 
 func mountOptions(opt *Options) *fuse.MountOptions {
@@ -123,63 +148,6 @@ func (w logWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// mountDirect mounts with mount(2) and returns the connection's descriptor.
-func mountDirect(mnt string, opt *Options, o *fuse.MountOptions) (fd int, err error) {
-	fd, err = openDevice()
-	if err != nil {
-		return -1, err
-	}
-	defer func() {
-		if err != nil {
-			unix.Close(fd)
-		}
-	}()
-	flags := opt.MountFlags
-	if opt.ReadOnly {
-		flags |= unix.MS_RDONLY
-	}
-	data := []string{
-		fmt.Sprintf("fd=%d", fd),
-		"rootmode=40000",
-		fmt.Sprintf("user_id=%d,group_id=%d", os.Geteuid(), os.Getegid()),
-		"default_permissions",
-		fmt.Sprintf("max_read=%d", o.MaxWrite),
-	}
-	if opt.AllowOther {
-		data = append(data, "allow_other")
-	}
-	data = append(data, opt.Contexts...)
-	if err := unix.Mount(opt.FSName, mnt, "fuse."+o.Name, flags, strings.Join(data, ",")); err != nil {
-		if errors.Is(err, unix.EINVAL) && len(opt.Contexts) > 0 {
-			return -1, fmt.Errorf("mount point %s: %w: does this kernel's security module know %s?", mnt, err, strings.Join(opt.Contexts, ","))
-		}
-		return -1, fmt.Errorf("mount point %s: %w", mnt, err)
-	}
-	return fd, nil
-}
-
-// fuseDevice is /dev/fuse's number, 10:229 in the kernel's list of devices.
-var fuseDevice = unix.Mkdev(10, 229)
-
-// openDevice opens /dev/fuse, and makes sure that it is: a container may have something else in its place, and mount(2)
-// would only say EINVAL.
-func openDevice() (int, error) {
-	const path, remedy = "/dev/fuse", "load the kernel module fuse, or give the container the device"
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return -1, fmt.Errorf("%s: %w: %s", path, err, remedy)
-	}
-	var st unix.Stat_t
-	if err = unix.Fstat(fd, &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFCHR || st.Rdev != fuseDevice) {
-		err = fmt.Errorf("not the FUSE device: %s", remedy)
-	}
-	if err != nil {
-		unix.Close(fd)
-		return -1, fmt.Errorf("%s: %w", path, err)
-	}
-	return fd, nil
-}
-
 func (t *devTransport) checkPassthrough() {
 	if t.srv.pass.enabled() && t.KernelSettings().Flags64()&fuse.CAP_PASSTHROUGH == 0 {
 		t.srv.pass.disable("the kernel does not offer it: Linux 6.9 with CONFIG_FUSE_PASSTHROUGH does")
@@ -187,6 +155,8 @@ func (t *devTransport) checkPassthrough() {
 }
 
 func (t *devTransport) name() string { return "dev" }
+
+func (t *devTransport) rings() *uring.Stats { return nil }
 
 func (t *devTransport) serve() { t.Serve() }
 
@@ -222,10 +192,18 @@ func deviceOf(path string) (major, minor uint32, err error) {
 }
 
 func (t *devTransport) unmount() error {
-	if !t.root {
-		return t.Unmount()
+	if t.root {
+		return unix.Unmount(t.mnt, 0)
 	}
-	return unix.Unmount(t.mnt, 0)
+	return helper(t.mnt, "-u")
+}
+
+// detach takes away a mount that does not work.
+func (t *devTransport) detach() error {
+	if t.root {
+		return unix.Unmount(t.mnt, unix.MNT_DETACH)
+	}
+	return helper(t.mnt, "-u", "-z")
 }
 
 func (t *devTransport) registerBacking(fd int) (int32, error) {

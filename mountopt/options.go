@@ -27,8 +27,9 @@ const (
 type Transport string
 
 const (
-	TransportAuto Transport = "auto"
-	TransportDev  Transport = "dev" // reading /dev/fuse
+	TransportAuto  Transport = "auto"
+	TransportUring Transport = "uring" // over io_uring, or not at all
+	TransportDev   Transport = "dev"   // reading /dev/fuse
 )
 
 // RedirectDir is overlayfs's redirect_dir.

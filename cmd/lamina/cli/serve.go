@@ -301,6 +301,8 @@ func (in *instance) fuseOptions() fusefs.Options {
 		Contexts:   o.Context,
 		Passthrough: map[mountopt.Tri]fusefs.Passthrough{mountopt.Auto: fusefs.PassthroughAuto, mountopt.On: fusefs.PassthroughOn,
 			mountopt.Off: fusefs.PassthroughOff}[o.Passthrough],
+		Transport: map[mountopt.Transport]fusefs.Transport{mountopt.TransportAuto: fusefs.TransportAuto,
+			mountopt.TransportUring: fusefs.TransportUring, mountopt.TransportDev: fusefs.TransportDev}[o.Transport],
 		MaxStackDepth: o.MaxStackDepth,
 		IDs:           fusefs.IDMap{UIDs: idRanges(o.UIDs), GIDs: idRanges(o.GIDs), SquashUID: o.SquashUID, SquashGID: o.SquashGID},
 		ACL:           !o.NoACL,

@@ -1,0 +1,65 @@
+package fusefs
+
+import (
+	"errors"
+	"fmt"
+
+	"lamina/uring"
+)
+
+// uringTransport carries requests over io_uring, and over /dev/fuse what the kernel sends there all the same: FORGET and
+// INTERRUPT. Notices go over /dev/fuse too.
+type uringTransport struct {
+	*devTransport
+	conn *uring.Conn
+}
+
+var _ transport = (*uringTransport)(nil)
+
+// openRings gets the threads that serve rings; nil if /dev/fuse is to be used.
+func openRings(opt *Options) (*uring.Pool, error) {
+	if opt.Transport == TransportDev {
+		return nil, nil
+	}
+	err := uring.Enable()
+	if err == nil {
+		var rings *uring.Pool
+		if rings, err = uring.Open(); err == nil {
+			return rings, nil
+		}
+	}
+	return nil, opt.withoutRings(err)
+}
+
+// withoutRings decides whether /dev/fuse will do, and says so once.
+func (o *Options) withoutRings(err error) error {
+	if o.Transport == TransportUring {
+		return fmt.Errorf("transport=uring: %w", err)
+	}
+	o.Logf("transport: requests come over /dev/fuse, which is slower: %v", err)
+	return nil
+}
+
+// overRings has requests come over io_uring from now on, or leaves them where they come.
+func (t *devTransport) overRings(rings *uring.Pool, fd int, opt *Options) (transport, error) {
+	conn, err := rings.Serve(fd, t.srv, uring.Options{Mount: t.options, Init: t.KernelSettings(), Logf: opt.Logf})
+	if err == nil {
+		return &uringTransport{devTransport: t, conn: conn}, nil
+	}
+	if err = opt.withoutRings(err); err == nil {
+		return t, nil
+	}
+	return nil, errors.Join(err, t.detach())
+}
+
+func (t *uringTransport) name() string { return "uring" }
+
+func (t *uringTransport) rings() *uring.Stats {
+	s := t.conn.Stats()
+	return &s
+}
+
+func (t *uringTransport) serve() {
+	t.devTransport.serve()
+	t.conn.Wait()
+}
