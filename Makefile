@@ -25,7 +25,7 @@ demo: build
 
 bench: build
 	@scripts/ensure.sh bench
-	@scripts/own.sh bench $(GO) run ./bench/cmd -lamina bin/lamina $(BENCHFLAGS)
+	@scripts/own.sh bench bin/lamina bench $(BENCHFLAGS)
 
 # gofmt, vet and staticcheck, each over the whole module; the first that has something to say fails the target.
 lint:

@@ -1,204 +1,422 @@
-// Package bench measures Lamina beside its rivals, in the same run, on the same disk: plain files, kernel overlayfs with
-// and without its syncs, and fuse-overlayfs where it is installed. Every figure is a median; the systems take turns, so
-// that whatever else the machine does meets all of them.
+// Package bench measures Lamina beside everything that a user could pick instead, in one run, on the same files: plain
+// files, kernel overlayfs in its variants, fuse-overlayfs, reflink and snapshot filesystems. Contenders take turns, so that
+// whatever else the machine does meets all of them; every number is a median with its spread.
+//
+// A [Scenario] is one thing to show. It works in a [Lab], which gives it layers, and contenders mounted over them. Package
+// report holds the result and shows it.
 package bench
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"lamina/bench/report"
 	"lamina/bench/rival"
 )
 
 // Config says what to measure.
 type Config struct {
-	Dir    string                      // scratch directory; empty: a temporary one, removed afterwards
-	Lamina string                      // the binary
-	Rows   func(name string) bool      // which rows; nil: all
-	Logf   func(f string, args ...any) // progress; nil: silence
-	Reps   int                         // repetitions where one is expensive (a kernel overlayfs copies 1 GiB); 0: 3
+	Lamina     string    // the binary; needed
+	Dir        string    // everything happens below it; empty: the directory for temporary files
+	Filesystem string    // "ext4", "xfs": measure on a fresh one in an image file in Dir; empty: on Dir itself
+	Mode       Mode      // empty: Normal
+	Rounds     int       // turns of each contender; 0: as many as the mode's time allows
+	Scenarios  []string  // names; none: all
+	Contenders []string  // names; none: each scenario's own choice
+	Progress   io.Writer // a line of what is being done, rewritten if it is a terminal; nil: silence
 }
 
-// contender is one system with its options.
-type contender struct {
-	name    string
-	system  rival.System // empty: plain files
-	options []string
+// total is the time that a whole run of a mode takes.
+func (m Mode) total() time.Duration {
+	return Pick(m, 165*time.Second, 10*time.Minute, 40*time.Minute)
 }
-
-var (
-	plain      = contender{name: "plain"}
-	lamina     = contender{"lamina", rival.Lamina, nil}
-	laminaBCoW = contender{"lamina bcow", rival.Lamina, []string{"format=bcow"}}
-	laminaPass = contender{"lamina passthrough=on", rival.Lamina, []string{"passthrough=on"}}
-	overlay    = contender{"overlayfs", rival.Overlay, nil}
-	volatile   = contender{"overlayfs volatile", rival.Overlay, []string{"volatile"}}
-	fuse       = contender{"fuse-overlayfs", rival.FuseOverlay, nil}
-)
 
 // run is one run's state.
 type run struct {
-	Config
-	ctx    context.Context
-	lower  string // the generated layer
-	serial int
-	report Report
+	cfg      Config
+	ctx      context.Context
+	scratch  string
+	grounds  map[groundName]*ground
+	noGround map[groundName]error
+	layers   map[string]*Layer
+	kept     []string // directories to remove when the scenario is over
+	serial   int
+	restore  []func() // undo changes to the environment
+	progress *progress
+	result   report.Run
 }
 
-// Run measures and reports. It leaves nothing mounted and no file behind, also when ctx ends early.
-func Run(ctx context.Context, c Config) (_ *Report, err error) {
-	if c.Logf == nil {
-		c.Logf = func(string, ...any) {}
+// Run measures. It leaves nothing mounted and no file behind, also when ctx ends early; what was measured until then is in
+// the result beside the error.
+func Run(ctx context.Context, cfg Config) (_ *report.Run, err error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("bench mounts filesystems: run it as root")
 	}
-	if c.Reps == 0 {
-		c.Reps = 3
-	}
-	scratch, remove, err := scratchDir(ctx, c)
+	scenarios, err := chooseScenarios(cfg.Scenarios)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, remove()) }()
-	c.Dir = scratch
-	r := &run{Config: c, ctx: ctx, lower: filepath.Join(c.Dir, "lower")}
-	if err := r.describe(); err != nil {
+	if err := checkNames(cfg.Contenders); err != nil {
 		return nil, err
 	}
-	r.Logf("generating layers below %s", c.Dir)
-	if err := generate(ctx, r.lower); err != nil {
+	if cfg.Mode == "" {
+		cfg.Mode = Normal
+	}
+	r := &run{
+		cfg: cfg, ctx: ctx, grounds: map[groundName]*ground{}, noGround: map[groundName]error{}, layers: map[string]*Layer{},
+		progress: newProgress(cfg.Progress),
+		result:   report.Run{Started: time.Now(), Mode: string(cfg.Mode)},
+	}
+	if err := r.open(); err != nil {
+		return nil, errors.Join(err, r.close())
+	}
+	defer func() {
+		r.result.Seconds = time.Since(r.result.Started).Seconds()
+		if ctx.Err() != nil {
+			err = ctx.Err() // whatever else failed, failed of it
+		}
+		err = errors.Join(err, r.close())
+	}()
+	if r.result.Machine, err = describeMachine(ctx, r.grounds[mainGround].dir, cfg.Lamina); err != nil {
 		return nil, err
 	}
-	start := time.Now()
-	for _, row := range []struct {
-		name    string
-		measure func(*run) error
-	}{
-		{"first-write", firstWrites},
-		{"allocated", allocated},
-		{"partial-writes", partialWrites},
-		{"reads", reads},
-		{"metadata", metadata},
-		{"chown", chown},
-		{"memory", memory},
-	} {
-		if c.Rows != nil && !c.Rows(row.name) {
-			continue
-		}
-		r.Logf("%-14s [%3.0fs]", row.name, time.Since(start).Seconds())
-		if err := row.measure(r); err != nil {
-			return nil, fmt.Errorf("%s: %w", row.name, err)
-		}
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-	}
-	r.report.Seconds = time.Since(start).Seconds()
-	return &r.report, nil
+	return &r.result, r.all(scenarios)
 }
 
-// scratchDir returns a directory on ext4, which is what the figures are about: a loop device's if the temporary
-// directory is on something else.
-func scratchDir(ctx context.Context, c Config) (dir string, remove func() error, err error) {
-	base, err := os.MkdirTemp(c.Dir, "lamina-bench.")
+// all runs the scenarios. Only the end of the run is an error, or that nobody is there to be measured.
+func (r *run) all(scenarios []Scenario) error {
+	present, err := r.probeAll(scenarios)
 	if err != nil {
-		return "", nil, err
-	}
-	remove = func() error { return os.RemoveAll(base) }
-	var st unix.Statfs_t
-	if err := unix.Statfs(base, &st); err != nil {
-		return "", nil, errors.Join(err, remove())
-	}
-	if st.Type == unix.EXT4_SUPER_MAGIC {
-		return base, remove, nil
-	}
-	c.Logf("%s is not on ext4: using a loop device", base)
-	img, dir := filepath.Join(base, "ext4"), filepath.Join(base, "mnt")
-	script := fmt.Sprintf("truncate -s 12G %[1]q && mkfs.ext4 -q %[1]q && mkdir %[2]q && mount -o loop %[1]q %[2]q", img, dir)
-	if _, err := rival.Run(ctx, "sh", "-c", script); err != nil {
-		return "", nil, errors.Join(err, remove())
-	}
-	return dir, func() error { return errors.Join(unix.Unmount(dir, 0), remove()) }, nil
-}
-
-func (r *run) describe() error {
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
 		return err
 	}
-	r.report.Kernel = unix.ByteSliceToString(u.Release[:])
-	var cpus unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &cpus); err != nil {
-		return err
+	if len(present) == 0 {
+		return fmt.Errorf("no contender can be mounted: %s", r.result.Absent[0].Why)
 	}
-	r.report.CPUs = cpus.Count()
+	var share float64
+	var whole float64
+	for _, s := range Scenarios() {
+		whole += s.Weight
+	}
+	for i := range scenarios {
+		s := &scenarios[i]
+		share += s.Weight / whole
+		r.progress.overall(i, len(scenarios))
+		lab := &Lab{run: r, scenario: s, deadline: r.result.Started.Add(time.Duration(share * float64(r.cfg.Mode.total())))}
+		for _, c := range present {
+			if slices.Contains(r.wanted(s), c.Name) {
+				lab.contenders = append(lab.contenders, c)
+			}
+		}
+		if err := lab.perform(); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
-// contenders leaves out what is not installed.
-func (r *run) contenders(all ...contender) []contender {
-	return slices.DeleteFunc(all, func(c contender) bool {
-		if c.system != rival.FuseOverlay {
-			return false
-		}
-		_, err := exec.LookPath("fuse-overlayfs")
-		return err != nil
-	})
-}
-
-// on runs f over a fresh mount of the layer. The upper layer is removed afterwards, unmeasured.
-func (r *run) on(c contender, f func(m *rival.Mount) error) error {
-	base, err := r.keep(c, f)
-	return errors.Join(err, os.RemoveAll(base))
-}
-
-// keep is on without the removal, which is left to the caller.
-func (r *run) keep(c contender, f func(m *rival.Mount) error) (base string, err error) {
-	if err := r.ctx.Err(); err != nil {
-		return "", err
+// perform runs the lab's scenario, unless something that it needs is missing.
+func (l *Lab) perform() error {
+	err := l.checkNeeds()
+	if err == nil {
+		began := time.Now()
+		l.progress.step(l.scenario.Name, "", 0)
+		err = l.scenario.Run(l)
+		l.progress.done(l.scenario.Name, time.Since(began))
 	}
-	r.serial++
-	base = filepath.Join(r.Dir, fmt.Sprintf("run%d", r.serial))
-	for _, d := range []string{"upper", "work", "merged"} {
-		if err := os.MkdirAll(filepath.Join(base, d), 0o755); err != nil {
-			return base, err
-		}
+	for _, dir := range l.kept {
+		err = errors.Join(err, os.RemoveAll(dir))
 	}
-	m, err := rival.Up(r.ctx, rival.Config{
-		System: c.system, Lowers: []string{r.lower}, Options: c.options, Binary: r.Lamina,
-		Upper: filepath.Join(base, "upper"), Work: filepath.Join(base, "work"),
-	}, filepath.Join(base, "merged"))
-	if err != nil {
-		return base, err
+	l.kept = nil
+	if l.ctx.Err() != nil {
+		err = errors.Join(l.ctx.Err(), err)
+	} else if err != nil {
+		l.fail("", err)
+		err = nil
 	}
-	defer m.Discard()
-	if err := f(m); err != nil {
-		return base, fmt.Errorf("%s: %w", c.name, err)
-	}
-	if mounted, err := rival.Mounted(m.Dir); err != nil || !mounted {
-		return base, err
-	}
-	return base, m.Down()
-}
-
-// timed runs f and appends how long it took, in microseconds.
-func timed(samples *[]float64, f func() error) error {
-	start := time.Now()
-	err := f()
-	*samples = append(*samples, float64(time.Since(start).Nanoseconds())/1e3)
+	l.result.Scenarios = append(l.result.Scenarios, l.report())
 	return err
 }
 
-func median(samples []float64) float64 {
-	if len(samples) == 0 {
-		return 0
+func (l *Lab) report() report.Scenario {
+	s := report.Scenario{Name: l.scenario.Name, Title: l.scenario.Title, Source: l.scenario.Source, Describes: l.scenario.Describes}
+	for _, m := range l.metrics {
+		if rm := m.report(); len(rm.Cells) > 0 {
+			s.Metrics = append(s.Metrics, rm)
+		}
 	}
-	s := slices.Sorted(slices.Values(samples))
-	return (s[(len(s)-1)/2] + s[len(s)/2]) / 2
+	return s
+}
+
+// checkNeeds tells what the scenario lacks: tools, space, contenders.
+func (l *Lab) checkNeeds() error {
+	if err := findTools(l.scenario.Tools...); err != nil {
+		return err
+	}
+	if len(l.contenders) == 0 {
+		return errors.New("none of its contenders is here")
+	}
+	need := l.scenario.Space(l.Mode())
+	have, err := free(l.scratch)
+	if err != nil {
+		return err
+	}
+	if main, err := free(l.grounds[mainGround].dir); err == nil {
+		have = min(have, main)
+	}
+	if have < need {
+		return fmt.Errorf("it needs %.1f GB of disk and %s has %.1f: free some, choose another --dir, or measure less (--quick)",
+			float64(need)/1e9, filepath.Dir(l.scratch), float64(have)/1e9)
+	}
+	return nil
+}
+
+func chooseScenarios(names []string) ([]Scenario, error) {
+	all := Scenarios()
+	if len(names) == 0 {
+		return all, nil
+	}
+	var known []string
+	for _, s := range all {
+		known = append(known, s.Name)
+	}
+	for _, name := range names {
+		if !slices.Contains(known, name) {
+			return nil, fmt.Errorf("scenario %s: unknown: use %s", name, strings.Join(known, ", "))
+		}
+	}
+	return slices.DeleteFunc(all, func(s Scenario) bool { return !slices.Contains(names, s.Name) }), nil
+}
+
+func checkNames(contenders []string) error {
+	for _, name := range contenders {
+		if _, err := find(name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// wanted are the names of a scenario's contenders in this run.
+func (r *run) wanted(s *Scenario) []string {
+	switch {
+	case len(r.cfg.Contenders) > 0:
+		return slices.DeleteFunc(slices.Clone(r.cfg.Contenders), func(name string) bool {
+			c, err := find(name)
+			return err != nil || c.kind == floorFS && !slices.Contains(s.Contenders, name)
+		})
+	case r.cfg.Mode == Quick && s.Quick != nil:
+		return s.Quick
+	}
+	return s.Contenders
+}
+
+// probeAll tries every contender that a scenario wants, and names those that this machine does not have. The rest is
+// returned in the catalogue's order.
+func (r *run) probeAll(scenarios []Scenario) ([]*Contender, error) {
+	var names []string
+	for _, known := range append(ContenderNames(), r.cfg.Contenders...) {
+		wanted := slices.ContainsFunc(scenarios, func(s Scenario) bool { return slices.Contains(r.wanted(&s), known) })
+		if wanted && !slices.Contains(names, known) {
+			names = append(names, known)
+		}
+	}
+	var present []*Contender
+	for _, name := range names {
+		c, err := find(name)
+		if err != nil {
+			return nil, err
+		}
+		r.progress.step("looking for", name, 0)
+		err = r.probe(c)
+		if r.ctx.Err() != nil {
+			return nil, errors.Join(r.ctx.Err(), err)
+		}
+		if err != nil {
+			r.result.Absent = append(r.result.Absent, report.Absent{Name: name, Why: oneLine(err)})
+			r.progress.note("%s is absent: %s", name, oneLine(err))
+			continue
+		}
+		present = append(present, c)
+		r.result.Contenders = append(r.result.Contenders, c.Contender)
+	}
+	return present, nil
+}
+
+// probe mounts a contender over a file, writes to it and unmounts.
+func (r *run) probe(c *Contender) error {
+	if err := findTools(c.tools...); err != nil {
+		return err
+	}
+	l := &Lab{run: r, scenario: &Scenario{Name: "probe"}}
+	layer := l.Layer("probe", func(_ context.Context, dir string) error {
+		return os.WriteFile(filepath.Join(dir, "file"), make([]byte, 8192), 0o644)
+	})
+	return l.On(c, Setup{Layer: layer}, func(u *Union) error {
+		if c.IsLamina() {
+			st, err := u.status()
+			if err != nil {
+				return err
+			}
+			c.setTransport(st.Transport)
+		}
+		fd, err := unix.Open(u.Path("file"), unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("opening a file for writing: %w", err)
+		}
+		_, err = unix.Pwrite(fd, []byte("x"), 1)
+		return errors.Join(err, unix.Close(fd))
+	})
+}
+
+// setTransport notes what carries the requests, if the options leave it open.
+func (c *Contender) setTransport(transport string) {
+	c.transport = transport
+	if transport != "" && !slices.ContainsFunc(c.Options, func(o string) bool { return strings.HasPrefix(o, "transport=") }) {
+		c.Contender.Describes += " (requests carried by " + transport + ")"
+	}
+}
+
+func (r *run) failed(f report.Failed) {
+	f.Why = oneLine(errors.New(f.Why))
+	r.result.Failed = append(r.result.Failed, f)
+	who := f.Scenario
+	if f.Contender != "" {
+		who += ", " + f.Contender
+	}
+	r.progress.note("%s: %s", who, f.Why)
+}
+
+func oneLine(err error) string {
+	return strings.Join(strings.FieldsFunc(err.Error(), func(c rune) bool { return c == '\n' || c == '\r' }), "; ")
+}
+
+// place returns a new directory on a filesystem.
+func (r *run) place(name groundName, what string) (string, error) {
+	g, err := r.ground(name)
+	if err != nil {
+		return "", err
+	}
+	r.serial++
+	dir := filepath.Join(g.dir, fmt.Sprintf("%d-%s", r.serial, strings.Map(fileName, what)))
+	return dir, os.Mkdir(dir, 0o755)
+}
+
+// fileName leaves out what mount options and paths would have to escape.
+func fileName(c rune) rune {
+	if c == '-' || c >= '0' && c <= '9' || c >= 'a' && c <= 'z' {
+		return c
+	}
+	return '_'
+}
+
+// open makes the scratch directory and sees that unions can be measured there.
+func (r *run) open() error {
+	dir := r.cfg.Dir
+	if dir == "" {
+		dir = os.TempDir()
+	}
+	dir, err := filepath.Abs(dir)
+	if err == nil {
+		dir, err = filepath.EvalSymlinks(dir)
+	}
+	if err != nil {
+		return fmt.Errorf("--dir: %w", err)
+	}
+	if r.scratch, err = os.MkdirTemp(dir, "lamina-bench."); err != nil {
+		r.scratch = ""
+		return fmt.Errorf("--dir: %w", err)
+	}
+	if err := r.ownPlaces(); err != nil {
+		return err
+	}
+	why := checkUpper(r.scratch)
+	switch {
+	case r.cfg.Filesystem != "":
+		if _, known := filesystems[r.cfg.Filesystem]; !known {
+			return fmt.Errorf("--filesystem %s: unknown: use ext4, xfs or btrfs", r.cfg.Filesystem)
+		}
+	case why == nil:
+		r.grounds[mainGround] = &ground{name: mainGround, dir: filepath.Join(r.scratch, "main")}
+		return os.Mkdir(r.grounds[mainGround].dir, 0o755)
+	default:
+		r.cfg.Filesystem = "ext4"
+		r.progress.note("%v: measuring on an ext4 in an image file there", why)
+	}
+	// A directory of its own, so that the main filesystem may be of the same type as one of the others.
+	images := filepath.Join(r.scratch, "main")
+	if err := os.Mkdir(images, 0o755); err != nil {
+		return err
+	}
+	mnt, err := mountImage(r.ctx, images, r.cfg.Filesystem)
+	if err != nil {
+		return errors.Join(why, err)
+	}
+	r.grounds[mainGround] = &ground{name: mainGround, dir: mnt, own: true}
+	return nil
+}
+
+// ownPlaces keeps what Lamina's servers and other programs write within the scratch directory: control sockets, logs,
+// temporary files.
+func (r *run) ownPlaces() error {
+	const longest = len("/run/0123456789abcdef.4194304.sock.new")
+	if len(r.scratch)+longest >= len(unix.RawSockaddrUnix{}.Path) {
+		return fmt.Errorf("--dir: %s is too long for the control sockets of servers below it: use a shorter one", r.scratch)
+	}
+	for name, variable := range map[string]string{"run": "LAMINA_RUNTIME_DIR", "tmp": "TMPDIR"} {
+		dir := filepath.Join(r.scratch, name)
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return err
+		}
+		old, had := os.LookupEnv(variable)
+		if err := os.Setenv(variable, dir); err != nil {
+			return err
+		}
+		r.restore = append(r.restore, func() {
+			if had {
+				_ = os.Setenv(variable, old)
+			} else {
+				_ = os.Unsetenv(variable)
+			}
+		})
+	}
+	return nil
+}
+
+// close takes everything down that the run has set up. What should be gone already is named.
+func (r *run) close() error {
+	r.progress.clear()
+	for _, f := range r.restore {
+		f()
+	}
+	if r.scratch == "" {
+		return nil
+	}
+	var err error
+	expected := map[string]bool{}
+	for _, g := range r.grounds {
+		expected[g.dir] = g.own
+	}
+	left, listErr := rival.MountsBelow(r.scratch)
+	for _, dir := range slices.Backward(left) {
+		if !expected[dir] {
+			err = errors.Join(err, fmt.Errorf("%s was still mounted", dir))
+		}
+		if unix.Unmount(dir, 0) != nil {
+			err = errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH))
+		}
+	}
+	// Nothing is removed through a mount that did not go.
+	if left, againErr := rival.MountsBelow(r.scratch); listErr != nil || againErr != nil || len(left) > 0 {
+		return errors.Join(err, listErr, againErr, fmt.Errorf("%s is left: it has mounts %s", r.scratch, strings.Join(left, " ")))
+	}
+	return errors.Join(err, os.RemoveAll(r.scratch))
 }

@@ -7,7 +7,8 @@ set -eu
 build=""
 test="fio:fio setfattr:attr setfacl:acl mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs fusermount3:fuse3 \
 setcap:libcap2-bin sqlite3:sqlite3 losetup:mount tar:tar gcc:gcc unshare:util-linux setpriv:util-linux"
-bench="mkfs.ext4:e2fsprogs losetup:mount fuse-overlayfs:fuse-overlayfs"
+bench="mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs losetup:mount findmnt:util-linux fuse-overlayfs:fuse-overlayfs \
+fio:fio sqlite3:sqlite3 git:git tar:tar"
 demo="sqlite3:sqlite3 mkfs.ext4:e2fsprogs losetup:mount"
 
 case "${1:-}" in

@@ -50,7 +50,7 @@ type Mount struct {
 	Config
 	Dir string // where
 
-	mark   string       // in the server's environment: whose server it is
+	mark   string       // in the environment of the server's process: whose server it is
 	server *exec.Cmd    // foreground server
 	stderr bytes.Buffer // of the foreground server; complete once it has exited
 	exited chan struct{}
@@ -142,8 +142,14 @@ func (m *Mount) up(ctx context.Context) error {
 	case Overlay:
 		return overlayMount(m.Config, m.Dir)
 	case FuseOverlay:
-		_, err := Run(ctx, "fuse-overlayfs", "-o", m.OptionString(), m.Dir)
-		return err
+		m.Binary = "fuse-overlayfs"
+		cmd := exec.CommandContext(ctx, m.Binary, "-o", m.OptionString(), m.Dir)
+		cmd.Env = append(os.Environ(), m.newMark())
+		cmd.WaitDelay = 10 * time.Second // its server keeps the standard error
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return &ExitError{Args: cmd.Args, Err: err, Stderr: string(out)}
+		}
+		return nil
 	case Lamina:
 		return m.upLamina(ctx)
 	}
@@ -158,7 +164,6 @@ func (m *Mount) upLamina(ctx context.Context) error {
 		}
 		m.Binary = p
 	}
-	m.mark = fmt.Sprintf("LAMINA_RIVAL=%d.%d", os.Getpid(), time.Now().UnixNano())
 	args := []string{"mount", "-o", m.OptionString(), m.Dir}
 	if m.Foreground {
 		args = append([]string{"mount", "-f"}, args[1:]...)
@@ -166,7 +171,7 @@ func (m *Mount) upLamina(ctx context.Context) error {
 	argv := append(append(slices.Clone(m.Prefix), m.Binary), args...)
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Dir = m.Cwd
-	cmd.Env = append(os.Environ(), m.mark)
+	cmd.Env = append(os.Environ(), m.newMark())
 	if m.Foreground {
 		return m.upForeground(ctx, cmd)
 	}
@@ -179,6 +184,12 @@ func (m *Mount) upLamina(ctx context.Context) error {
 		return fmt.Errorf("lamina mount returned 0 but %s is not mounted (%w)", m.Dir, err)
 	}
 	return nil
+}
+
+// newMark makes the variable by which the server will be found among all processes.
+func (m *Mount) newMark() string {
+	m.mark = fmt.Sprintf("LAMINA_RIVAL=%d.%d", os.Getpid(), time.Now().UnixNano())
+	return m.mark
 }
 
 func (m *Mount) upForeground(ctx context.Context, cmd *exec.Cmd) error {
@@ -224,7 +235,7 @@ func (m *Mount) Server() (int, error) {
 	if m.server != nil {
 		return m.server.Process.Pid, nil
 	}
-	if m.System != Lamina {
+	if m.System == Overlay {
 		return 0, nil
 	}
 	procs, err := filepath.Glob("/proc/[0-9]*/environ")
@@ -339,6 +350,21 @@ func Mounted(dir string) (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// MountsBelow lists the mount points below dir, in the order in which they were mounted.
+func MountsBelow(dir string) ([]string, error) {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	var below []string
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(unescapeMount(f[4]), dir+"/") {
+			below = append(below, unescapeMount(f[4]))
+		}
+	}
+	return below, nil
 }
 
 // unescapeMount undoes the octal escapes of mountinfo.

@@ -2,87 +2,160 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
-	"slices"
-	"strings"
 
 	"lamina/bench"
+	breport "lamina/bench/report"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 )
 
-// benchRows are the groups of figures that bench.Run knows.
-var benchRows = []string{"first-write", "allocated", "partial-writes", "reads", "metadata", "chown", "memory"}
-
 type benchFlags struct {
-	dir    string
-	rows   []string
-	reps   int
-	asJSON bool
-	strict bool
+	config      bench.Config
+	quick, full bool
+	asJSON      bool
+	html        string
+	strict      bool
+	list        bool
 }
 
 func benchCommand() *cobra.Command {
 	var f benchFlags
 	cmd := &cobra.Command{
-		Use:   "bench [--rows ROW[,ROW...]] [--dir DIR] [--reps N] [--json] [--strict]",
+		Use:   "bench [--quick|--full] [--scenarios NAME[,NAME...]] [--contenders NAME[,NAME...]] [--dir DIR] [--rounds N] [--json] [--html FILE] [--strict] [--list]",
 		Short: "measure this program beside its rivals",
-		Long: `Measures Lamina in the same run as plain files, kernel overlayfs and, where it is installed, fuse-overlayfs, and prints
-medians beside their targets. It needs root, 12 GiB of disk and some minutes, and leaves nothing behind.
+		Long: `Measures Lamina in the same run as everything that could be used instead of it, as far as it is installed: plain files,
+kernel overlayfs in several variants, fuse-overlayfs, a reflink filesystem, btrfs snapshots. Contenders take turns; what
+is printed are medians with their spread, ratios, and the project's targets. --list shows all scenarios and contenders.
 
-The rows are ` + strings.Join(benchRows, ", ") + `.`,
+It needs root. Everything happens in a directory of its own below DIR, which should be on ext4, XFS or btrfs, and nothing
+is left behind. Between measurements it empties the page cache of the whole machine. A contender that is missing or fails
+is named, and the rest goes on.
+
+As a contender, lamina:OPTION+OPTION... is Lamina with any mount options, and overlayfs:OPTION+OPTION... kernel overlayfs.`,
+		Example: `  lamina bench --quick
+  lamina bench --scenarios first-write --contenders plain,overlayfs,lamina,lamina:format=bcow+caw=lazy
+  lamina bench --full --filesystem ext4 --html bench.html`,
 		Args: optional(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if f.list {
+				return benchList(cmd.OutOrStdout())
+			}
 			return withCode(exitFailure, runBench(cmd.OutOrStdout(), cmd.ErrOrStderr(), &f))
 		},
 	}
-	cmd.Flags().StringSliceVar(&f.rows, "rows", nil, "only these rows")
-	cmd.Flags().StringVar(&f.dir, "dir", "", "make the scratch directory here instead of in the directory for temporary files")
-	cmd.Flags().IntVar(&f.reps, "reps", 3, "repetitions of what takes long")
-	cmd.Flags().BoolVar(&f.asJSON, "json", false, "print JSON")
-	cmd.Flags().BoolVar(&f.strict, "strict", false, "fail when a target is missed")
+	flags := cmd.Flags()
+	flags.BoolVar(&f.quick, "quick", false, "small files, few repetitions: everything in 3 minutes")
+	flags.BoolVar(&f.full, "full", false, "files as large as in the papers: everything in 40 minutes instead of 10")
+	flags.StringSliceVar(&f.config.Scenarios, "scenarios", nil, "only these scenarios")
+	flags.StringSliceVar(&f.config.Contenders, "contenders", nil, "these contenders instead of each scenario's own choice")
+	flags.StringVar(&f.config.Dir, "dir", "", "measure below this directory instead of the one for temporary files")
+	flags.StringVar(&f.config.Filesystem, "filesystem", "", "measure on a fresh ext4, xfs or btrfs in an image file below DIR, instead of on what holds DIR")
+	flags.IntVar(&f.config.Rounds, "rounds", 0, "turns of each contender (default: as many as the time allows)")
+	flags.BoolVar(&f.asJSON, "json", false, "print JSON")
+	flags.StringVar(&f.html, "html", "", "also write a page with charts to this file")
+	flags.BoolVar(&f.strict, "strict", false, "fail when a target is missed, or a scenario or a contender failed")
+	flags.BoolVar(&f.list, "list", false, "list the scenarios and contenders, and measure nothing")
+	cmd.MarkFlagsMutuallyExclusive("quick", "full")
 	return cmd
 }
 
+// benchList shows what can be chosen.
+func benchList(w io.Writer) error {
+	fmt.Fprintln(w, "Scenarios:")
+	for _, s := range bench.Scenarios() {
+		fmt.Fprintf(w, "  %-18s %s\n", s.Name, s.Title)
+	}
+	fmt.Fprintln(w, "\nContenders:")
+	for _, c := range bench.Catalogue() {
+		fmt.Fprintf(w, "  %-20s %s\n", c.Name, c.Describes)
+	}
+	return nil
+}
+
 func runBench(out, progress io.Writer, f *benchFlags) error {
-	if os.Geteuid() != 0 {
-		return fmt.Errorf("bench: mounts filesystems: run it as root")
+	c := f.config
+	switch {
+	case f.quick:
+		c.Mode = bench.Quick
+	case f.full:
+		c.Mode = bench.Full
 	}
-	if f.reps < 1 {
-		return fmt.Errorf("--reps %d: use at least 1", f.reps)
+	if c.Rounds < 0 {
+		return fmt.Errorf("--rounds %d: use at least 1", c.Rounds)
 	}
-	for _, row := range f.rows {
-		if !slices.Contains(benchRows, row) {
-			return fmt.Errorf("--rows %s: unknown: use %s", row, strings.Join(benchRows, ", "))
-		}
-	}
-	self, err := os.Executable()
+	page, err := createPage(f.html)
 	if err != nil {
 		return err
 	}
+	defer page.Close()
+	if c.Lamina, err = os.Executable(); err != nil {
+		return err
+	}
+	c.Progress = progress
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	c := bench.Config{Dir: f.dir, Lamina: self, Reps: f.reps, Logf: func(format string, args ...any) {
-		fmt.Fprintf(progress, format+"\n", args...)
-	}}
-	if len(f.rows) > 0 {
-		c.Rows = func(name string) bool { return slices.Contains(f.rows, name) }
+	run, err := bench.Run(ctx, c)
+	switch {
+	case errors.Is(err, context.Canceled):
+		err = fmt.Errorf("bench: interrupted, and cleaned up: %w", err)
+	case err != nil:
+		err = fmt.Errorf("bench: %w", err)
 	}
-	report, err := bench.Run(ctx, c)
+	if run == nil || len(run.Scenarios) == 0 {
+		return err
+	}
+	return errors.Join(err, showBench(out, page, run, f))
+}
+
+// createPage opens the file before an hour of measuring rather than after it. Nil: none is wanted.
+func createPage(path string) (*os.File, error) {
+	if path == "" {
+		return nil, nil
+	}
+	f, err := os.Create(path)
 	if err != nil {
-		return fmt.Errorf("bench: %w", err)
+		return nil, fmt.Errorf("--html: %w", err)
 	}
+	return f, nil
+}
+
+// tableOptions fit a terminal; anything else gets plain text.
+func tableOptions(out io.Writer) (o breport.TableOptions) {
+	f, ok := out.(*os.File)
+	if !ok {
+		return o
+	}
+	if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil {
+		o.Width = int(size.Col)
+		o.Color = os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+	}
+	return o
+}
+
+func showBench(out io.Writer, page *os.File, run *breport.Run, f *benchFlags) error {
+	var err error
 	if f.asJSON {
-		err = report.JSON(out)
+		err = run.WriteJSON(out)
 	} else {
-		report.Table(out)
+		err = run.Table(out, tableOptions(out))
 	}
-	if missed := len(report.Missed()); err == nil && f.strict && missed > 0 {
-		err = fmt.Errorf("bench: %d targets missed", missed)
+	if page != nil {
+		err = errors.Join(err, run.HTML(page), page.Close())
+	}
+	if !f.strict {
+		return err
+	}
+	if n := len(run.Missed()); n > 0 {
+		err = errors.Join(err, fmt.Errorf("bench: %d targets missed", n))
+	}
+	if n := len(run.Failed); n > 0 {
+		err = errors.Join(err, fmt.Errorf("bench: %d failures", n))
 	}
 	return err
 }

@@ -1,0 +1,204 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"lamina/bench/rival"
+)
+
+// groundName names a filesystem that contenders stand on.
+type groundName string
+
+const (
+	mainGround  groundName = "the bench directory"
+	xfsGround   groundName = "XFS"
+	btrfsGround groundName = "btrfs"
+)
+
+// ground is a filesystem that contenders stand on, with their layers and uppers in dir.
+type ground struct {
+	name groundName
+	dir  string
+	own  bool // nothing but the bench is on it
+}
+
+// An image file is sparse: it occupies what is written to it, and gives back what is removed.
+const imageSize = 64 << 30
+
+// filesystem says how to make one of a kind in an image.
+type filesystem struct {
+	mkfs    []string
+	options string
+	tool    Tool
+}
+
+var filesystems = map[string]filesystem{
+	"ext4":  {[]string{"mkfs.ext4", "-q", "-E", "lazy_itable_init=1,lazy_journal_init=1"}, "discard", Tool{"mkfs.ext4", "e2fsprogs"}},
+	"xfs":   {[]string{"mkfs.xfs", "-q", "-m", "reflink=1"}, "discard", Tool{"mkfs.xfs", "xfsprogs"}},
+	"btrfs": {[]string{"mkfs.btrfs", "-q"}, "discard=sync", Tool{"mkfs.btrfs", "btrfs-progs"}},
+}
+
+// mountImage makes a filesystem in an image file below dir and mounts it, past the page cache of the file, so that nothing
+// is cached twice. Its loop device goes with the mount, whatever becomes of this process.
+func mountImage(ctx context.Context, dir, fstype string) (mnt string, err error) {
+	kind := filesystems[fstype]
+	image := filepath.Join(dir, fstype+".img")
+	mnt = filepath.Join(dir, fstype)
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("%s on a loop device: %w", fstype, err), os.RemoveAll(image))
+		}
+	}()
+	if err := findTools(kind.tool, Tool{"losetup", "mount"}); err != nil {
+		return "", err
+	}
+	if err := os.Mkdir(mnt, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", err
+	}
+	if err := os.WriteFile(image, nil, 0o600); err != nil {
+		return "", err
+	}
+	if err := os.Truncate(image, imageSize); err != nil {
+		return "", err
+	}
+	if _, err := rival.Run(ctx, kind.mkfs[0], append(kind.mkfs[1:], image)...); err != nil {
+		return "", err
+	}
+	loop, err := attach(ctx, image)
+	if err != nil {
+		return "", err
+	}
+	_, err = rival.Run(ctx, "mount", "-t", fstype, "-o", kind.options, loop, mnt)
+	// While the device is mounted this makes it go with the mount.
+	_, detach := rival.Run(context.WithoutCancel(ctx), "losetup", "-d", loop)
+	return mnt, errors.Join(err, detach)
+}
+
+// attach gives the image a loop device: without the page cache of its file, where that filesystem can.
+func attach(ctx context.Context, image string) (string, error) {
+	out, err := rival.Run(ctx, "losetup", "--find", "--show", "--direct-io=on", image)
+	if err != nil {
+		out, err = rival.Run(ctx, "losetup", "--find", "--show", image)
+	}
+	return strings.TrimSpace(out), err
+}
+
+// ground returns the filesystem of a name, making it if it is a loop device's.
+func (r *run) ground(name groundName) (*ground, error) {
+	if g := r.grounds[name]; g != nil {
+		return g, nil
+	}
+	if err := r.noGround[name]; err != nil {
+		return nil, err
+	}
+	mnt, err := mountImage(r.ctx, r.scratch, strings.ToLower(string(name)))
+	if err != nil {
+		if r.ctx.Err() == nil {
+			r.noGround[name] = err
+		}
+		return nil, err
+	}
+	r.grounds[name] = &ground{name: name, dir: mnt, own: true}
+	return r.grounds[name], nil
+}
+
+// mkdirLayer makes the directory of a layer: on btrfs one that snapshots can be taken of.
+func (g *ground) mkdirLayer(ctx context.Context, dir string) error {
+	if g.name != btrfsGround {
+		return os.Mkdir(dir, 0o755)
+	}
+	_, err := rival.Run(ctx, "btrfs", "-q", "subvolume", "create", dir)
+	return err
+}
+
+// used is how many bytes of the filesystem are taken, once everything is written out.
+func (g *ground) used() (int64, error) {
+	if err := syncfs(g.dir); err != nil {
+		return 0, err
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(g.dir, &st); err != nil {
+		return 0, err
+	}
+	return int64(st.Blocks-st.Bfree) * st.Bsize, nil
+}
+
+// free is how many bytes can still be written to the filesystem at dir.
+func free(dir string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, err
+	}
+	return int64(st.Bavail) * st.Bsize, nil
+}
+
+func syncfs(dir string) error {
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	defer unix.Close(fd)
+	return unix.Syncfs(fd)
+}
+
+// filesystemNames are magic numbers of statfs(2) that a user may want to be told of.
+var filesystemNames = map[int64]string{
+	unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "XFS", unix.BTRFS_SUPER_MAGIC: "btrfs", unix.TMPFS_MAGIC: "tmpfs",
+	unix.OVERLAYFS_SUPER_MAGIC: "overlayfs", unix.FUSE_SUPER_MAGIC: "FUSE", unix.NFS_SUPER_MAGIC: "NFS", unix.MSDOS_SUPER_MAGIC: "FAT",
+	unix.SQUASHFS_MAGIC: "squashfs", unix.RAMFS_MAGIC: "ramfs",
+}
+
+func filesystemOf(dir string) string {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return "unknown: " + err.Error()
+	}
+	if name := filesystemNames[int64(st.Type)]; name != "" {
+		return name
+	}
+	return fmt.Sprintf("filesystem %#x", st.Type)
+}
+
+// checkUpper tells why dir cannot hold an upper layer: what a union needs is tried out.
+func checkUpper(dir string) error {
+	kind := filesystemOf(dir)
+	cannot := func(what string, err error) error {
+		return fmt.Errorf("%s is on %s, which cannot hold an upper layer: %s: %w", dir, kind, what, err)
+	}
+	switch kind {
+	case "overlayfs", "FUSE":
+		return fmt.Errorf("%s is on %s, which cannot hold an upper layer", dir, kind)
+	}
+	probe, err := os.MkdirTemp(dir, "probe.")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(probe)
+	if err := unix.Setxattr(probe, "trusted.overlay.opaque", []byte("y"), 0); err != nil {
+		return cannot("attributes trusted.*", err)
+	}
+	whiteout, file := filepath.Join(probe, "whiteout"), filepath.Join(probe, "file")
+	if err := unix.Mknod(whiteout, unix.S_IFCHR, 0); err != nil {
+		return cannot("whiteouts (mknod)", err)
+	}
+	fd, err := unix.Open(probe, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return cannot("nameless files (O_TMPFILE)", err)
+	}
+	defer unix.Close(fd)
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		return err
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, file, unix.AT_FDCWD, whiteout, unix.RENAME_EXCHANGE); err != nil {
+		return cannot("exchanging names", err)
+	}
+	return nil
+}

@@ -1,0 +1,348 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"lamina/bench/report"
+)
+
+// Lab is what a scenario works in: it hands out layers and contenders mounted over them, in turns, takes samples, and
+// cleans up.
+type Lab struct {
+	*run
+	scenario   *Scenario
+	contenders []*Contender // still in the running
+	metrics    []*Metric
+	deadline   time.Time // after it no further round begins
+}
+
+// Context ends with the run: Ctrl-C.
+func (l *Lab) Context() context.Context { return l.ctx }
+
+// Mode of the run.
+func (l *Lab) Mode() Mode { return l.cfg.Mode }
+
+// Contenders are those that are present and have not failed in this scenario.
+func (l *Lab) Contenders() []*Contender { return slices.Clone(l.contenders) }
+
+// Contender returns the contender of a name, or nil when it does not take part.
+func (l *Lab) Contender(name string) *Contender {
+	for _, c := range l.contenders {
+		if c.Name == name {
+			return c
+		}
+	}
+	return nil
+}
+
+// Default is Lamina as it mounts by default or, where that was not chosen, the first of its variants; nil without any.
+func (l *Lab) Default() *Contender {
+	for _, c := range l.contenders {
+		if c.IsLamina() {
+			return c
+		}
+	}
+	return nil
+}
+
+// Progress says on the progress line what is being done.
+func (l *Lab) Progress(format string, args ...any) { l.progress.detail(fmt.Sprintf(format, args...)) }
+
+// Rounds lets the contenders take turns: f measures one contender once. Each round begins with another one, so that none
+// of them always follows the same. Rounds end after Config.Rounds, or when the scenario has used its share of the run's
+// time; there is always one.
+//
+// A contender that f returns an error for is out of this scenario, and named in the report; the others go on.
+func (l *Lab) Rounds(f func(c *Contender) error) error {
+	return l.RoundsOf(l.contenders, f)
+}
+
+// RoundsOf is Rounds with some of the contenders.
+func (l *Lab) RoundsOf(some []*Contender, f func(c *Contender) error) error {
+	some = slices.Clone(some)
+	most := l.cfg.Rounds
+	if most == 0 {
+		most = Pick(l.Mode(), 3, 5, 7)
+	}
+	var longest time.Duration
+	for round := range most {
+		began := time.Now()
+		if round > 0 && l.cfg.Rounds == 0 && began.Add(longest).After(l.deadline) {
+			break
+		}
+		for i := range some {
+			c := some[(i+round)%len(some)]
+			if !slices.Contains(l.contenders, c) {
+				continue // it failed
+			}
+			l.progress.step(l.scenario.Name, c.Name, round+1)
+			if err := l.try(c, f); err != nil {
+				return err
+			}
+		}
+		longest = max(longest, time.Since(began))
+	}
+	return nil
+}
+
+// try is one turn. Only the end of the run is an error.
+func (l *Lab) try(c *Contender, f func(c *Contender) error) error {
+	err := f(c)
+	if l.ctx.Err() != nil {
+		return errors.Join(l.ctx.Err(), err)
+	}
+	if err != nil {
+		l.fail(c.Name, err)
+		l.contenders = slices.DeleteFunc(slices.Clone(l.contenders), func(o *Contender) bool { return o == c })
+	}
+	return nil
+}
+
+func (l *Lab) fail(contender string, err error) {
+	l.failed(report.Failed{Scenario: l.scenario.Name, Contender: contender, Why: err.Error()})
+}
+
+// Layer is a lower layer, made when first needed on each of the filesystems that contenders stand on.
+type Layer struct {
+	run   *run
+	name  string
+	build func(ctx context.Context, dir string) error
+	on    map[groundName]string
+	plain string // the copy that plain files are measured in
+}
+
+// Layer returns the layer of a name. build fills an empty directory, the same way every time; it is called once for each
+// filesystem that a contender needs the layer on. Layers stay for the scenarios that follow: the name says what is in it.
+func (l *Lab) Layer(name string, build func(ctx context.Context, dir string) error) *Layer {
+	if l.layers[name] == nil {
+		l.layers[name] = &Layer{run: l.run, name: name, build: build, on: map[groundName]string{}}
+	}
+	return l.layers[name]
+}
+
+// Drop removes a layer that no other scenario will use, to make room.
+func (l *Lab) Drop(layer *Layer) error {
+	delete(l.layers, layer.name)
+	dirs := slices.Collect(maps.Values(layer.on))
+	if layer.plain != "" {
+		dirs = append(dirs, layer.plain)
+	}
+	var err error
+	for _, dir := range dirs {
+		err = errors.Join(err, os.RemoveAll(dir))
+	}
+	return err
+}
+
+// At returns the layer's directory on the contender's filesystem. Nobody may write there.
+func (ly *Layer) At(c *Contender) (string, error) { return ly.at(c.ground) }
+
+func (ly *Layer) at(name groundName) (string, error) {
+	if dir, ok := ly.on[name]; ok {
+		return dir, nil
+	}
+	g, err := ly.run.ground(name)
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(g.dir, "layer-"+ly.name)
+	ly.run.progress.detail("making layer " + ly.name + " on " + string(name))
+	if err := g.mkdirLayer(ly.run.ctx, dir); err != nil {
+		return "", err
+	}
+	if err := ly.build(ly.run.ctx, dir); err != nil {
+		return "", errors.Join(fmt.Errorf("layer %s on %s: %w", ly.name, name, err), os.RemoveAll(dir))
+	}
+	ly.on[name] = dir
+	// What is still on its way to the disk would disturb the first measurements.
+	return dir, syncfs(dir)
+}
+
+// copied returns the copy of the layer for plain files. It is made once: writing to a file again costs what it cost the
+// first time. A fresh one is the caller's to remove.
+func (ly *Layer) copied(c *Contender, fresh bool) (string, error) {
+	if ly.plain != "" && !fresh {
+		return ly.plain, nil
+	}
+	from, err := ly.At(c)
+	if err != nil {
+		return "", err
+	}
+	ly.run.progress.detail("copying layer " + ly.name + " for " + c.Name)
+	to, err := ly.run.place(c.ground, "plain")
+	if err != nil {
+		return "", err
+	}
+	if err := copyTree(ly.run.ctx, from, to); err != nil {
+		return "", errors.Join(err, os.RemoveAll(to))
+	}
+	if !fresh {
+		ly.plain = to
+	}
+	return to, syncfs(to)
+}
+
+// Warm brings files of the layer (all of them if none are named) into the page cache of the contender's filesystem.
+func (ly *Layer) Warm(c *Contender, names ...string) error {
+	root, err := ly.At(c)
+	if err != nil {
+		return err
+	}
+	if len(names) == 0 {
+		return warmTree(root)
+	}
+	for _, name := range names {
+		if err := Warm(filepath.Join(root, name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// DropCaches writes everything out and empties the page cache, of the whole machine.
+func (l *Lab) DropCaches() error { return dropCaches("1") }
+
+// DropNames empties the page cache and forgets names and inodes too.
+func (l *Lab) DropNames() error { return dropCaches("3") }
+
+func dropCaches(what string) error {
+	unix.Sync()
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte(what), 0); err != nil {
+		return fmt.Errorf("dropping the page cache needs root of the host: %w", err)
+	}
+	return nil
+}
+
+// Metric is one question of a scenario, with everybody's samples.
+type Metric struct {
+	report.Metric
+	lab     *Lab
+	samples map[cellKey][]Sample
+	order   []cellKey
+}
+
+type cellKey struct {
+	contender, name string
+	x               float64
+}
+
+// Metric adds a metric to the scenario's report; m has everything but cells and figures.
+func (l *Lab) Metric(m report.Metric) *Metric {
+	if m.Chart == "" {
+		m.Chart = report.Bars
+	}
+	metric := &Metric{Metric: m, lab: l, samples: map[cellKey][]Sample{}}
+	l.metrics = append(l.metrics, metric)
+	return metric
+}
+
+// Sample is one measurement. What was not measured is 0.
+type Sample struct {
+	Value                float64       // in the metric's unit
+	Took                 time.Duration // wall clock
+	ClientCPU, ServerCPU float64       // seconds
+	Allocated            int64         // bytes of the upper layer
+	PeakMemory           int64         // bytes of the server
+}
+
+// Add takes a sample of a bar chart; caseName is empty if there is only one case.
+func (m *Metric) Add(c *Contender, caseName string, s Sample) { m.add(cellKey{c.Name, caseName, 0}, s) }
+
+// AddX takes a sample of a line chart.
+func (m *Metric) AddX(c *Contender, x float64, s Sample) { m.add(cellKey{c.Name, "", x}, s) }
+
+func (m *Metric) add(k cellKey, s Sample) {
+	if m.samples[k] == nil {
+		m.order = append(m.order, k)
+	}
+	m.samples[k] = append(m.samples[k], s)
+}
+
+// Median of a contender in a case; false if it has no samples.
+func (m *Metric) Median(contender, caseName string) (float64, bool) {
+	return m.median(cellKey{contender, caseName, 0})
+}
+
+// MedianX is Median of a line chart.
+func (m *Metric) MedianX(contender string, x float64) (float64, bool) {
+	return m.median(cellKey{contender, "", x})
+}
+
+func (m *Metric) median(k cellKey) (float64, bool) {
+	if len(m.samples[k]) == 0 {
+		return 0, false
+	}
+	return report.NewCell("", "", 0, values(m.samples[k])).Median, true
+}
+
+// Figure adds a number that the project has a target for.
+func (m *Metric) Figure(f report.Figure) { m.Figures = append(m.Figures, f) }
+
+// Of names one median of a metric.
+type Of struct {
+	Contender, Case string
+}
+
+// RatioAtMost adds the figure a/b, which must not exceed target. Without one of the two there is no figure.
+func (m *Metric) RatioAtMost(says string, a, b Of, target float64) {
+	m.ratio(report.AtMost, says, a, b, target)
+}
+
+// RatioAtLeast adds the figure a/b, which must reach target.
+func (m *Metric) RatioAtLeast(says string, a, b Of, target float64) {
+	m.ratio(report.AtLeast, says, a, b, target)
+}
+
+func (m *Metric) ratio(make func(string, float64, float64) report.Figure, says string, a, b Of, target float64) {
+	va, okA := m.Median(a.Contender, a.Case)
+	vb, okB := m.Median(b.Contender, b.Case)
+	if okA && okB && vb > 0 {
+		m.Figure(make(says, va/vb, target))
+	}
+}
+
+// report sums the samples up.
+func (m *Metric) report() report.Metric {
+	r := m.Metric
+	for _, k := range m.order {
+		samples := m.samples[k]
+		cell := report.NewCell(k.contender, k.name, k.x, values(samples))
+		cell.ClientCPU = medianOf(samples, func(s Sample) float64 { return s.ClientCPU })
+		cell.ServerCPU = medianOf(samples, func(s Sample) float64 { return s.ServerCPU })
+		cell.Allocated = int64(medianOf(samples, func(s Sample) float64 { return float64(s.Allocated) }))
+		cell.PeakMemory = int64(medianOf(samples, func(s Sample) float64 { return float64(s.PeakMemory) }))
+		r.Cells = append(r.Cells, cell)
+	}
+	return r
+}
+
+func values(samples []Sample) []float64 {
+	v := make([]float64, len(samples))
+	for i, s := range samples {
+		v[i] = s.Value
+	}
+	return v
+}
+
+// medianOf takes the median of what was measured: 0 stands for what was not.
+func medianOf(samples []Sample, value func(Sample) float64) float64 {
+	var v []float64
+	for _, s := range samples {
+		if x := value(s); x != 0 {
+			v = append(v, x)
+		}
+	}
+	if len(v) == 0 {
+		return 0
+	}
+	return report.NewCell("", "", 0, v).Median
+}
