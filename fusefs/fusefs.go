@@ -28,6 +28,7 @@ import (
 
 	"lamina/union"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 )
 
@@ -147,6 +148,22 @@ func Mount(fs *union.FS, mnt string, opt Options) (*Server, error) {
 	if err := opt.setDefaults(); err != nil {
 		return nil, err
 	}
+	opt.ReadOnly = opt.ReadOnly || fs.ReadOnly()
+	return mount(newServer(fs, opt), mnt)
+}
+
+// MountRaw serves any filesystem the way Mount serves a union: over the same transport, with the same capabilities. What
+// Options say of unions does not apply. It is for measuring what requests cost that nobody has work with.
+func MountRaw(fs fuse.RawFileSystem, mnt string, opt Options) (*Server, error) {
+	if err := opt.setDefaults(); err != nil {
+		return nil, err
+	}
+	srv := newServer(nil, opt)
+	srv.answers = fs
+	return mount(srv, mnt)
+}
+
+func mount(srv *server, mnt string) (*Server, error) {
 	abs, err := filepath.Abs(mnt)
 	if err != nil {
 		return nil, fmt.Errorf("mount point %s: %w", mnt, err)
@@ -161,8 +178,6 @@ func Mount(fs *union.FS, mnt string, opt Options) (*Server, error) {
 	if !st.IsDir() {
 		return nil, fmt.Errorf("mount point %s: %w", mnt, unix.ENOTDIR)
 	}
-	opt.ReadOnly = opt.ReadOnly || fs.ReadOnly()
-	srv := newServer(fs, opt)
 	dev, err := connect(srv, abs, &srv.opt)
 	if err != nil {
 		return nil, err

@@ -24,6 +24,7 @@ const maxCopy = math.MaxInt32 &^ 4095
 type server struct {
 	fuse.RawFileSystem // ENOSYS for what is not here
 
+	answers fuse.RawFileSystem // who answers the kernel: the server itself, or the filesystem that MountRaw was given
 	fs      *union.FS
 	opt     Options
 	dev     transport
@@ -42,6 +43,7 @@ var (
 
 func newServer(fs *union.FS, opt Options) *server {
 	s := &server{RawFileSystem: fuse.NewDefaultRawFileSystem(), fs: fs, opt: opt}
+	s.answers = s
 	s.pass.init(&s.opt)
 	return s
 }

@@ -104,7 +104,7 @@ func mountDev(srv *server, mnt string, opt *Options, rings *uring.Pool) (t *devT
 		return nil, -1, err
 	}
 	// go-fuse's notation for a mount that is made already.
-	if t.Server, err = fuse.NewServer(srv, fmt.Sprintf("/dev/fd/%d", fd), o); err != nil {
+	if t.Server, err = fuse.NewServer(srv.answers, fmt.Sprintf("/dev/fd/%d", fd), o); err != nil {
 		return nil, -1, errors.Join(fmt.Errorf("mount point %s: %w", mnt, err), t.detach())
 	}
 	t.options = o

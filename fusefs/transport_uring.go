@@ -42,7 +42,7 @@ func (o *Options) withoutRings(err error) error {
 
 // overRings has requests come over io_uring from now on, or leaves them where they come.
 func (t *devTransport) overRings(rings *uring.Pool, fd int, opt *Options) (transport, error) {
-	conn, err := rings.Serve(fd, t.srv, uring.Options{Mount: t.options, Init: t.KernelSettings(), Logf: opt.Logf})
+	conn, err := rings.Serve(fd, t.srv.answers, uring.Options{Mount: t.options, Init: t.KernelSettings(), Logf: opt.Logf})
 	if err == nil {
 		return &uringTransport{devTransport: t, conn: conn}, nil
 	}
