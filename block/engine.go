@@ -101,6 +101,7 @@ type Engine struct {
 	files   map[*File]struct{}
 	queue   []*File
 	waiting []waiting // settler, in the order of their deadlines
+	alarm   time.Time // settler: when it looks at waiting again by itself, or sooner
 	closing bool
 	settle  chan struct{} // settler: waiting or closing changed
 	end     chan struct{} // closed when closing is set

@@ -31,11 +31,16 @@ func (f *File) Settle(done func(*File)) {
 	}
 	queued := f.settling != nil
 	f.settling = done
+	early := false // the settler sleeps longer than it may
 	if !queued {
-		e.waiting = append(e.waiting, waiting{f: f, at: time.Now().Add(e.opts.SettleDelay)})
+		at := time.Now().Add(e.opts.SettleDelay)
+		e.waiting = append(e.waiting, waiting{f: f, at: at})
+		early = at.Before(e.alarm) || len(e.waiting) > maxWaiting
 	}
 	e.mu.Unlock()
-	e.nudge()
+	if early {
+		e.nudge()
+	}
 }
 
 // nudge wakes the settler.
@@ -53,7 +58,7 @@ func (e *Engine) settleLoop() {
 	var due []*File // whose turn to be committed has come
 	commitAt := time.Now().Add(e.opts.CommitInterval)
 	for {
-		f, wait, closing := e.nextSettled()
+		f, wait, closing := e.nextSettled(commitAt)
 		switch untilCommit := time.Until(commitAt); {
 		case closing:
 			return
@@ -68,7 +73,7 @@ func (e *Engine) settleLoop() {
 			due = e.openFiles()
 			commitAt = time.Now().Add(e.opts.CommitInterval)
 		default:
-			timer.Reset(min(wait, untilCommit))
+			timer.Reset(wait)
 			select {
 			case <-timer.C:
 			case <-e.settle:
@@ -77,17 +82,22 @@ func (e *Engine) settleLoop() {
 	}
 }
 
-// nextSettled takes the file that has to be settled now off the list; if there is none, wait says how long that stays so.
-func (e *Engine) nextSettled() (f *File, wait time.Duration, closing bool) {
+// nextSettled takes the file that has to be settled now off the list; if there is none, wait says how long that stays so,
+// or until commitAt if that is sooner. Who puts a file on the list wakes the settler only if it would sleep too long: a
+// wake-up costs more than the write before it.
+func (e *Engine) nextSettled(commitAt time.Time) (f *File, wait time.Duration, closing bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.alarm = commitAt
 	if e.closing || len(e.waiting) == 0 {
-		return nil, time.Hour, e.closing
+		return nil, time.Until(e.alarm), e.closing
 	}
 	first := e.waiting[0]
-	wait = time.Until(first.at)
-	if wait > 0 && (first.again || len(e.waiting) <= maxWaiting) {
-		return nil, wait, false
+	if time.Until(first.at) > 0 && (first.again || len(e.waiting) <= maxWaiting) {
+		if first.at.Before(e.alarm) {
+			e.alarm = first.at
+		}
+		return nil, time.Until(e.alarm), false
 	}
 	e.waiting = e.waiting[1:]
 	return first.f, 0, false
