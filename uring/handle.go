@@ -79,7 +79,7 @@ func (h *handler) init(in *fuse.InitIn) error {
 func (h *handler) handle(e *entry) {
 	unique := e.header().Unique
 	in, size, payload := e.request()
-	if h.opts.Debug || e.header().TotalExtlen > 0 {
+	if h.opts.Debug || e.header().TotalExtlen > 0 || isPollHack(e.header(), payload) {
 		h.other(e, unique, size, payload)
 		return
 	}
@@ -90,6 +90,17 @@ func (h *handler) handle(e *entry) {
 		return
 	}
 	e.answer(unique, status, n)
+}
+
+// go-fuse answers for one file itself, which no file system has: to open and poll it teaches the kernel that there is no
+// POLL here, before a runtime's poller has to wait for the answer (poll.go in go-fuse).
+const (
+	pollHackName  = ".go-fuse-epoll-hack"
+	pollHackInode = ^uint64(0)
+)
+
+func isPollHack(in *fuse.InHeader, payload []byte) bool {
+	return in.NodeId == pollHackInode || in.NodeId == fuse.FUSE_ROOT_ID && string(trimName(payload)) == pollHackName
 }
 
 // recovered answers for a file system that panicked. Other requests go on.
@@ -154,6 +165,9 @@ func (h *handler) fast(e *entry, in unsafe.Pointer, payload []byte) (n int, stat
 		// A request for the size only is as rare as it is different.
 		if size := int((*fuse.GetXAttrIn)(in).Size); size > 0 && size <= len(e.payload) && !h.opts.DisableXAttrs && !h.opts.IgnoreSecurityLabels {
 			n, status := h.fs.GetXAttr(h.cancel, (*fuse.InHeader)(in), name(payload), e.payload[:size])
+			if status.Ok() && int(n) > size {
+				return 0, fuse.EIO, true // more than was asked for
+			}
 			return int(n), status, true
 		}
 	}
@@ -207,9 +221,11 @@ func result[T any](e *entry) (*T, int) {
 }
 
 // name copies a name that ends with a zero byte.
-func name(payload []byte) string {
+func name(payload []byte) string { return string(trimName(payload)) }
+
+func trimName(payload []byte) []byte {
 	if i := bytes.IndexByte(payload, 0); i >= 0 {
-		payload = payload[:i]
+		return payload[:i]
 	}
-	return string(payload)
+	return payload
 }
