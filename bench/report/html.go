@@ -2,6 +2,7 @@ package report
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	_ "embed"
 	"encoding/base64"
@@ -80,13 +81,14 @@ type summaryRow struct {
 	Failed          bool
 }
 
-// dot is one comparison on the strip, At per cent from its left end.
+// dot is one comparison on the strip, At per cent from its left end, and Up rem above its middle where it would hide
+// another.
 type dot struct {
 	comparison
-	At float64
+	At, Up float64
 }
 
-// tick is a mark of the strip's axis.
+// tick is a mark of the strip's axis. Not each has room for a label.
 type tick struct {
 	Label string
 	At    float64
@@ -251,12 +253,36 @@ func (p *page) summarise() {
 	}
 	at := func(log float64) float64 { return 100 * (log - low) / (high - low) }
 	p.Parity = at(0)
+	every := math.Ceil((high - low) / maxLabels)
 	for l := low; l <= high; l++ {
-		p.Ticks = append(p.Ticks, tick{Label: digits(math.Pow(10, l)) + "×", At: at(l)})
+		t := tick{At: at(l)}
+		if math.Mod(l, every) == 0 {
+			t.Label = digits(math.Pow(10, l)) + "×"
+		}
+		p.Ticks = append(p.Ticks, t)
 	}
 	for _, row := range p.Rows {
 		for i := range row.Dots {
 			row.Dots[i].At = at(math.Log10(row.Dots[i].Ratio))
+		}
+		spreadOut(row.Dots)
+	}
+}
+
+// maxLabels is how many labels the strip's axis has room for.
+const maxLabels = 5
+
+// spreadOut moves dots that lie on each other up and down.
+func spreadOut(dots []dot) {
+	slices.SortFunc(dots, func(a, b dot) int { return cmp.Compare(a.At, b.At) })
+	const width = 2 // per cent of the strip, about
+	lanes := []float64{0, 0.45, -0.45}
+	for i := range dots {
+		for _, up := range lanes {
+			dots[i].Up = up
+			if !slices.ContainsFunc(dots[:i], func(d dot) bool { return d.Up == up && dots[i].At-d.At < width }) {
+				break
+			}
 		}
 	}
 }

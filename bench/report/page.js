@@ -5,8 +5,10 @@
 
   // The step whose name leaves a value with few digits.
   const stepFor = (steps, v) => steps.reduce((best, s) => Math.abs(v) >= s.size * 0.9995 ? s : best, steps[0]);
-  const label = (v, step) => `${+(v / step.size).toPrecision(3)}\u00a0${step.name}`.trim();
-  // Logarithmic axes name each tick with its own unit; linear ones all with the largest's.
+  const digits = v => Number.isInteger(v) ? String(v).replace(/\B(?=(\d{3})+$)/g, "\u202f") : String(v);
+  const label = (v, step) => `${digits(+(v / step.size).toPrecision(3))}\u00a0${step.name}`.trim();
+  // Logarithmic axes name each tick with its own unit; linear ones all with the largest's. Given to axes as text, since
+  // a tickFormat drops labels of logarithmic ones.
   const ticks = (steps, log, most) => log ? v => label(v, stepFor(steps, v)) : v => v === 0 ? "0" : label(v, stepFor(steps, most));
 
   const textWidth = (() => {
@@ -33,7 +35,7 @@
     const from = Math.floor(Math.log(least) / Math.log(base) + 1e-9), to = Math.ceil(Math.log(most) / Math.log(base) - 1e-9);
     const by = Math.max(1, Math.ceil((to - from) / count));
     const out = [];
-    for (let e = from; e <= to; e++) if (base === 10 ? (e - from) % by === 0 : e % (by > 5 ? 10 : by) === 0) out.push(base ** e);
+    for (let e = from; e <= to && base ** e <= most * 1.0001; e++) if (base === 10 ? (e - from) % by === 0 : e % (by > 5 ? 10 : by) === 0) out.push(base ** e);
     return out;
   }
 
@@ -46,14 +48,14 @@
     const values = data.cells.flatMap(c => [c.min, c.v, c.max]).filter(v => v > 0);
     const most = Math.max(...values), least = Math.min(...values);
     const start = data.log ? 10 ** Math.floor(Math.log10(least) - 0.15) : 0;
-    const rowHeight = narrow ? 36 : 22, head = several ? 30 : 6;
+    const rowHeight = narrow ? 36 : 22, head = several ? (narrow ? 44 : 38) : narrow ? 14 : 6;
     const x1 = d => Math.max(d.v, start), at = v => Math.max(v, start);
     const room = width - marginLeft - marginRight;
     const marks = [
       Plot.gridX({ticks: data.log ? logTicks(data.steps, start, most, room / 70) : linearTicks(data.steps, most, room / 80), stroke: "var(--soft)", strokeOpacity: 0.25}),
       Plot.axisX({anchor: "bottom", label: null, tickSize: 0, color: "var(--soft)",
         ticks: data.log ? logTicks(data.steps, start, most, room / 70) : linearTicks(data.steps, most, room / 80),
-        tickFormat: ticks(data.steps, data.log, most)}),
+        text: ticks(data.steps, data.log, most)}),
     ];
     const inset = {insetTop: narrow ? 17 : 3, insetBottom: 3}, dy = narrow ? 7 : 0;
     if (data.log) { // a bar's length says nothing on a logarithmic axis: a dot at the value, and a thread to its name
@@ -66,8 +68,9 @@
     marks.push(
       Plot.ruleY(data.cells, {fy: "case", y: "contender", x1: d => at(d.min), x2: d => at(d.max), stroke: "var(--fg)", strokeWidth: 1, strokeOpacity: 0.75, dy}),
       Plot.ruleY(data.cells, {fy: "case", y: "contender", x1: d => at(d.q1), x2: d => at(d.q3), stroke: "var(--fg)", strokeWidth: 3, strokeOpacity: 0.55, dy}),
-      Plot.text(data.cells, {fy: "case", y: "contender", x: d => at(Math.max(d.v, d.max)), text: "text", textAnchor: "start", dx: 10, dy,
-        fill: "var(--fg)", fontWeight: d => strong.has(d.contender) ? 700 : 400, fontVariant: "tabular-nums"}));
+      ...[false, true].map(bold => Plot.text(data.cells.filter(d => strong.has(d.contender) === bold), {
+        fy: "case", y: "contender", x: d => at(Math.max(d.v, d.max)), text: "text", textAnchor: "start", dx: 10, dy,
+        fill: "var(--fg)", fontWeight: bold ? 700 : 400, fontVariant: "tabular-nums"})));
     const labels = data.cases.flatMap(k => names.map(n => ({case: k, contender: n, missing: !data.cells.some(c => c.case === k && c.contender === n)})));
     for (const bold of [false, true]) {
       marks.push(Plot.text(labels.filter(l => strong.has(l.contender) === bold), {
@@ -79,13 +82,13 @@
       Plot.text(labels.filter(l => l.missing), {fy: "case", y: "contender", frameAnchor: "left", text: () => "not measured", fill: "var(--soft)", fontStyle: "italic", textAnchor: "start", dx: 4, dy}),
       Plot.tip(data.cells, Plot.pointer({fy: "case", y: "contender", x: x1, title: "tip", maxRadius: 60, fill: "var(--bg)", stroke: "var(--soft)"})));
     if (several) {
-      marks.push(Plot.text(data.cases, {fy: d => d, text: d => d, frameAnchor: "top-left", dx: -marginLeft + 4, dy: -20, fontWeight: 700, fontSize: 13, fill: "var(--fg)", lineWidth: Infinity}));
+      marks.push(Plot.text(data.cases, {fy: d => d, text: d => d, frameAnchor: "top-left", dx: -marginLeft + 4, dy: narrow ? -30 : -22, fontWeight: 700, fontSize: 13, fill: "var(--fg)", lineWidth: Infinity}));
     }
     return Plot.plot({
       width, marginLeft, marginRight, marginTop: head, marginBottom: 26, style: font,
       height: 26 + head + data.cases.length * (names.length * rowHeight + (several ? head : 0)),
       x: data.log ? {type: "log", domain: [start, most]} : {domain: [0, most]},
-      y: {domain: names, axis: null, padding: 0.05}, fy: {domain: data.cases, axis: null, padding: several ? head / (names.length * rowHeight + head) : 0},
+      y: {type: "band", domain: names, axis: null, padding: 0.05}, fy: {domain: data.cases, axis: null, padding: several ? head / (names.length * rowHeight + head) : 0},
       marks,
     });
   }
@@ -103,8 +106,8 @@
       Plot.ruleY(yTicks, {stroke: "var(--soft)", strokeOpacity: 0.25}),
       Plot.axisX({label: data.xName || null, labelAnchor: "center", labelArrow: "none", tickSize: 3, color: "var(--soft)",
         ticks: data.xLog ? (few ? [...new Set(xs)].sort((a, b) => a - b) : logTicks(data.xSteps, Math.min(...xs), Math.max(...xs), room / 60)) : room / 80,
-        tickFormat: ticks(data.xSteps, data.xLog, Math.max(...xs))}),
-      Plot.axisY({label: null, ticks: yTicks, tickSize: 0, color: "var(--soft)", tickFormat: ticks(data.steps, data.log, most)}),
+        text: ticks(data.xSteps, data.xLog, Math.max(...xs))}),
+      Plot.axisY({label: null, ticks: yTicks, tickSize: 0, color: "var(--soft)", text: ticks(data.steps, data.log, most)}),
     ];
     for (const c of contenders) {
       const own = cells.filter(d => d.contender === c.name), strokeWidth = c === first ? 3 : 1.8;

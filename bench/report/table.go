@@ -29,7 +29,8 @@ func (r *Run) Table(w io.Writer, o TableOptions) error {
 	t := terminal{out: w, TableOptions: o}
 	t.line("%s, %s, %d CPUs, %s memory", r.Machine.Kernel, r.Machine.CPUModel, r.Machine.CPUs,
 		quantity(float64(r.Machine.Memory), Bytes))
-	t.line("%s; %s run of %.0f s; medians; × is times better than", r.Machine.Filesystem, r.Mode, r.Seconds)
+	t.line("%s", r.Machine.Filesystem)
+	t.line("%s run of %.0f s; medians; × is times better than", r.Mode, r.Seconds)
 	for i := range r.Scenarios {
 		s := &r.Scenarios[i]
 		t.line("\n%s", t.bold(s.Name+": "+s.Title))
@@ -136,7 +137,7 @@ func (t *terminal) metric(r *Run, m *Metric) {
 		t.line("(%d of %d points; the rest is in the JSON and HTML forms)", len(shown), len(groups))
 	}
 	for _, f := range m.Figures {
-		t.line("%s", t.figure(f))
+		t.line("%s", t.figure("", f))
 	}
 }
 
@@ -164,8 +165,8 @@ func (m *Metric) hasCPU() bool {
 	return false
 }
 
-func (t *terminal) figure(f Figure) string {
-	s := fmt.Sprintf("%s  %s %s (target: %s)", t.met(f.OK), digits(f.Value), f.Says, f.Bound())
+func (t *terminal) figure(where string, f Figure) string {
+	s := fmt.Sprintf("%s  %s%s %s (target: %s)", t.met(f.OK), where, digits(f.Value), f.Says, f.Bound())
 	if f.Note != "" {
 		s += "; " + f.Note
 	}
@@ -210,7 +211,7 @@ func (t *terminal) targets(r *Run) {
 	}
 	t.line("\n%d of %d targets met", len(all)-len(missed), len(all))
 	for _, m := range missed {
-		t.line("%s: %s", m.Scenario, t.figure(m.Figure))
+		t.line("%s", t.figure(m.Scenario+": ", m.Figure))
 	}
 }
 

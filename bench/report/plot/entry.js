@@ -1,2 +1,2 @@
 // The part of Observable Plot that the report's charts use; the rest is shaken off.
-export {axisX, barX, dot, gridX, line, plot, pointer, ruleX, ruleY, text, tip} from "@observablehq/plot";
+export {axisX, axisY, barX, dot, gridX, line, plot, pointer, ruleX, ruleY, text, tip} from "@observablehq/plot";
