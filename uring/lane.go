@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -28,6 +29,8 @@ type lane struct {
 	requests atomic.Uint64 // carried so far
 	bulky    atomic.Bool   // an entry has more of its buffer in memory than it should keep
 
+	elsewhere sync.WaitGroup // until the thread is not the main one
+
 	mu   sync.Mutex
 	mail []func() // to be called on the lane's thread
 
@@ -48,6 +51,7 @@ func startLane(cpu int) (*lane, error) {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	l := &lane{cpu: cpu, event: event, done: make(chan struct{})}
+	l.elsewhere.Add(1)
 	started := make(chan error)
 	go l.run(started)
 	if err := <-started; err != nil {
@@ -61,6 +65,15 @@ func startLane(cpu int) (*lane, error) {
 // to the thread.
 func (l *lane) run(started chan<- error) {
 	runtime.LockOSThread()
+	if unix.Gettid() == os.Getpid() {
+		// The main thread's affinity is what others see as the process's, and it cannot end: another one it has to be.
+		go l.run(started)
+		l.elsewhere.Wait()
+		runtime.UnlockOSThread()
+		return
+	}
+	l.elsewhere.Done()
+	yieldToWakers()
 	if l.cpu >= 0 {
 		pin(l.cpu)
 	}
