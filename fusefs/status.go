@@ -14,7 +14,9 @@ import (
 // Status is what a mount tells about itself.
 type Status struct {
 	Mountpoint string `json:"mountpoint"`
-	Transport  string `json:"transport"`
+	// Transport is uring or dev; Reason says why it is dev although the mount would have liked uring, and is empty otherwise.
+	Transport       string `json:"transport"`
+	TransportReason string `json:"transport_reason,omitempty"`
 	// Rings is nil on /dev/fuse.
 	Rings    *uring.Stats `json:"rings,omitempty"`
 	ReadOnly bool         `json:"read_only"`
@@ -38,8 +40,13 @@ type Status struct {
 func (s *Server) Status() Status {
 	srv := s.srv
 	mode, reason := srv.pass.describe()
+	transportReason := ""
+	if err := s.dev.fallback(); err != nil {
+		transportReason = err.Error()
+	}
 	return Status{
 		Mountpoint:        s.mnt,
+		TransportReason:   transportReason,
 		Transport:         s.dev.name(),
 		Rings:             s.dev.rings(),
 		ReadOnly:          srv.opt.ReadOnly,

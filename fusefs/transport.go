@@ -17,6 +17,8 @@ import (
 // transport_uring.go.
 type transport interface {
 	name() string
+	// fallback is the reason why a better transport is not used, nil if there is none.
+	fallback() error
 	// rings tells about the threads and buffers; nil where there are none.
 	rings() *uring.Stats
 	// serve returns when the mount is gone and the last request is answered.
@@ -59,6 +61,7 @@ type devTransport struct {
 	mnt     string
 	root    bool // mounted with mount(2), not by fusermount3
 	options *fuse.MountOptions
+	reason  error // why it is this transport, if another was to be preferred
 }
 
 var _ transport = (*devTransport)(nil)
@@ -66,7 +69,7 @@ var _ transport = (*devTransport)(nil)
 // connect mounts on mnt, an absolute path, exchanges INIT with the kernel and chooses the transport. On an error nothing
 // is mounted.
 func connect(srv *server, mnt string, opt *Options) (transport, error) {
-	rings, err := openRings(opt)
+	rings, reason, err := openRings(opt)
 	if err != nil {
 		return nil, err
 	}
@@ -78,6 +81,7 @@ func connect(srv *server, mnt string, opt *Options) (transport, error) {
 		return nil, err
 	}
 	if rings == nil {
+		t.reason = reason
 		return t, nil
 	}
 	defer rings.Close()
@@ -155,6 +159,8 @@ func (t *devTransport) checkPassthrough() {
 }
 
 func (t *devTransport) name() string { return "dev" }
+
+func (t *devTransport) fallback() error { return t.reason }
 
 func (t *devTransport) rings() *uring.Stats { return nil }
 

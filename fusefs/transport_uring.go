@@ -16,27 +16,27 @@ type uringTransport struct {
 
 var _ transport = (*uringTransport)(nil)
 
-// openRings gets the threads that serve rings; nil if /dev/fuse is to be used.
-func openRings(opt *Options) (*uring.Pool, error) {
+// openRings gets the threads that serve rings; nil if /dev/fuse is to be used, with the reason unless it was asked for.
+func openRings(opt *Options) (*uring.Pool, error, error) {
 	if opt.Transport == TransportDev {
-		return nil, nil
+		return nil, nil, nil
 	}
-	err := uring.Enable()
-	if err == nil {
+	reason := uring.Enable()
+	if reason == nil {
 		var rings *uring.Pool
-		if rings, err = uring.Open(); err == nil {
-			return rings, nil
+		if rings, reason = uring.Open(); reason == nil {
+			return rings, nil, nil
 		}
 	}
-	return nil, opt.withoutRings(err)
+	return nil, reason, opt.withoutRings(reason)
 }
 
 // withoutRings decides whether /dev/fuse will do, and says so once.
-func (o *Options) withoutRings(err error) error {
+func (o *Options) withoutRings(reason error) error {
 	if o.Transport == TransportUring {
-		return fmt.Errorf("transport=uring: %w", err)
+		return fmt.Errorf("transport=uring: %w", reason)
 	}
-	o.Logf("transport: requests come over /dev/fuse, which is slower: %v", err)
+	o.Logf("transport: requests come over /dev/fuse, which is slower: %v", reason)
 	return nil
 }
 
@@ -46,6 +46,7 @@ func (t *devTransport) overRings(rings *uring.Pool, fd int, opt *Options) (trans
 	if err == nil {
 		return &uringTransport{devTransport: t, conn: conn}, nil
 	}
+	t.reason = err
 	if err = opt.withoutRings(err); err == nil {
 		return t, nil
 	}

@@ -44,6 +44,7 @@ type Status struct {
 	Namespace string   `json:"namespace"`
 
 	Transport         string `json:"transport"`
+	TransportReason   string `json:"transport_reason,omitempty"`
 	Passthrough       string `json:"passthrough"`
 	PassthroughReason string `json:"passthrough_reason,omitempty"`
 	OpenFiles         int    `json:"open_files"`
@@ -80,7 +81,7 @@ func (in *instance) status() Status {
 		Lower: in.o.Lower, Upper: in.o.Upper, Work: in.o.Work,
 		Format: string(in.o.Format), CaW: string(in.o.CaW), CopyUp: string(in.o.CopyUp), Fill: string(in.o.Fill),
 		Volatile: in.o.Volatile, Namespace: strings.TrimSuffix(namespace(in.o).Prefix(), "."),
-		Transport: f.Transport, Passthrough: f.Passthrough, PassthroughReason: f.PassthroughReason, OpenFiles: f.OpenFiles,
+		Transport: f.Transport, TransportReason: f.TransportReason, Passthrough: f.Passthrough, PassthroughReason: f.PassthroughReason, OpenFiles: f.OpenFiles,
 		Sketches: e.Sketches, Blocks: Blocks{Lower: e.Lower, InTransit: e.InTransit, Upper: e.Upper},
 		Queue: e.Queue, Settling: e.Settling, BytesNotCopied: e.BytesNotCopied, BytesCopied: e.BytesCopied,
 		SketchesCreated: e.SketchesCreated, SketchesComplete: e.SketchesComplete, Errors: f.Errors + uint64(e.Errors),

@@ -108,7 +108,7 @@ func printOne(w io.Writer, s *Status) error {
 		row(fmt.Sprintf("lower %d", i+1), "%s", l)
 	}
 	row("options", "%s", strings.Join(optionWords(s), ", "))
-	row("transport", "%s", s.Transport)
+	row("transport", "%s", transportWords(s))
 	if s.PassthroughReason != "" {
 		row("passthrough", "%s: %s", s.Passthrough, s.PassthroughReason)
 	} else {
@@ -124,6 +124,18 @@ func printOne(w io.Writer, s *Status) error {
 		row("log", "%s", s.Log)
 	}
 	return t.Flush()
+}
+
+func transportWords(s *Status) string {
+	if s.TransportReason != "" {
+		return s.Transport + ": " + s.TransportReason
+	}
+	r := s.FUSE.Rings
+	if r == nil {
+		return s.Transport
+	}
+	return fmt.Sprintf("%s: %d queues, %d requests of each at a time, %s of address space; %d threads of the server, %d of them pinned",
+		s.Transport, r.Queues, r.Depth, humanBytes(int64(r.Buffers)), r.Threads, r.Pinned)
 }
 
 func optionWords(s *Status) []string {
