@@ -474,5 +474,4 @@ func (m *memFS) StatFs(_ <-chan struct{}, in *fuse.InHeader, out *fuse.StatfsOut
 	return fuse.OK
 }
 
-// Wired to check that the embedded default is not needed where it should not be.
 var _ fuse.RawFileSystem = (*memFS)(nil)
