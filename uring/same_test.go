@@ -411,7 +411,9 @@ func stat(p string) string {
 	return fmt.Sprint(" ", st.Ino, st.Mode, st.Nlink, st.Uid, st.Gid, st.Rdev, st.Size, st.Blocks, st.Blksize, st.Mtim)
 }
 
-func create(p string) string { return withFile(p, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR, func(int) error { return nil }) }
+func create(p string) string {
+	return withFile(p, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR, func(int) error { return nil })
+}
 
 // withFile tells how f fared with an open file.
 func withFile(p string, flags int, f func(fd int) error) string {
