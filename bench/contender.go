@@ -54,10 +54,10 @@ func Catalogue() []*Contender {
 			kind:      union, system: rival.Lamina, ground: mainGround,
 		}
 	}
-	floor := func(transport string) *Contender {
+	floor := func(name, describes string, options ...string) *Contender {
 		return &Contender{
-			Contender: report.Contender{Name: "floor-" + transport, Kind: report.Floor, Options: []string{"transport=" + transport},
-				Describes: "a FUSE server that answers what Lamina answers and does nothing: the least that the transport costs"},
+			Contender: report.Contender{Name: name, Kind: report.Floor, Options: options,
+				Describes: "a FUSE server that answers what Lamina answers and does nothing, " + describes + ": the least that the transport costs"},
 			kind: floorFS, ground: mainGround,
 		}
 	}
@@ -87,8 +87,8 @@ func Catalogue() []*Contender {
 		lamina("lamina-sync", "Lamina, the rest of a block copied within the write: classic copy-on-write of blocks", "caw=sync"),
 		lamina("lamina-passthrough", "Lamina, lower files read without asking the server", "passthrough=on"),
 		lamina("lamina-nopassthrough", "Lamina, every read and write asks the server", "passthrough=off"),
-		floor("uring"),
-		floor("dev"),
+		floor("floor", "over the default transport"),
+		floor("floor-dev", "over /dev/fuse", "transport=dev"),
 	}
 }
 

@@ -19,7 +19,7 @@ const (
 const huge = "huge"
 
 // hugeSize is its size.
-func hugeSize(m Mode) int64 { return Pick[int64](m, 256*mib, 512*mib, 2*gib) }
+func hugeSize(m Mode) int64 { return Pick[int64](m, 64*mib, 512*mib, 2*gib) }
 
 // hugeLayer holds one large file.
 func (l *Lab) hugeLayer() *Layer {

@@ -63,30 +63,37 @@ func (l *Lab) Progress(format string, args ...any) { l.progress.detail(fmt.Sprin
 //
 // A contender that f returns an error for is out of this scenario, and named in the report; the others go on.
 func (l *Lab) Rounds(f func(c *Contender) error) error {
-	return l.RoundsOf(l.contenders, f)
+	return l.Turns(l.contenders, []string{""}, func(c *Contender, _ int) error { return f(c) })
 }
 
-// RoundsOf is Rounds with some of the contenders.
-func (l *Lab) RoundsOf(some []*Contender, f func(c *Contender) error) error {
+// Turns is Rounds with some of the contenders, and several things to measure, all of them once in every round: the
+// contenders measure the same thing right after each other, so that the machine's moods meet all of them. A contender that
+// fails is out of that thing, and out of the scenario if it has no name.
+func (l *Lab) Turns(some []*Contender, things []string, f func(c *Contender, i int) error) error {
 	some = slices.Clone(some)
 	most := l.cfg.Rounds
 	if most == 0 {
 		most = Pick(l.Mode(), 3, 5, 7)
 	}
+	out := map[turn]bool{}
 	var longest time.Duration
 	for round := range most {
 		began := time.Now()
 		if round > 0 && l.cfg.Rounds == 0 && began.Add(longest).After(l.deadline) {
 			break
 		}
-		for i := range some {
-			c := some[(i+round)%len(some)]
-			if !slices.Contains(l.contenders, c) {
-				continue // it failed
-			}
-			l.progress.step(l.scenario.Name, c.Name, round+1)
-			if err := l.try(c, f); err != nil {
-				return err
+		for i, name := range things {
+			for k := range some {
+				t := turn{some[(k+round)%len(some)], i}
+				if out[t] || !slices.Contains(l.contenders, t.contender) {
+					continue
+				}
+				l.progress.step(l.scenario.Name, t.contender.Name, round+1)
+				failed, err := l.try(t, name, f)
+				if err != nil {
+					return err
+				}
+				out[t] = failed
 			}
 		}
 		longest = max(longest, time.Since(began))
@@ -94,17 +101,27 @@ func (l *Lab) RoundsOf(some []*Contender, f func(c *Contender) error) error {
 	return nil
 }
 
-// try is one turn. Only the end of the run is an error.
-func (l *Lab) try(c *Contender, f func(c *Contender) error) error {
-	err := f(c)
-	if l.ctx.Err() != nil {
-		return errors.Join(l.ctx.Err(), err)
+// turn is one contender's measurement of one thing.
+type turn struct {
+	contender *Contender
+	thing     int
+}
+
+// try takes a turn. Only the end of the run is an error.
+func (l *Lab) try(t turn, name string, f func(c *Contender, i int) error) (failed bool, err error) {
+	err = f(t.contender, t.thing)
+	switch {
+	case l.ctx.Err() != nil:
+		return true, errors.Join(l.ctx.Err(), err)
+	case err == nil:
+		return false, nil
+	case name != "":
+		l.fail(t.contender.Name, fmt.Errorf("%s: %w", name, err))
+	default:
+		l.fail(t.contender.Name, err)
+		l.contenders = slices.DeleteFunc(slices.Clone(l.contenders), func(c *Contender) bool { return c == t.contender })
 	}
-	if err != nil {
-		l.fail(c.Name, err)
-		l.contenders = slices.DeleteFunc(slices.Clone(l.contenders), func(o *Contender) bool { return o == c })
-	}
-	return nil
+	return true, nil
 }
 
 func (l *Lab) fail(contender string, err error) {

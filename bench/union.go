@@ -153,7 +153,10 @@ func (u *Union) Up() error {
 
 // upFloor starts the floor with the layer's topmost files.
 func (u *Union) upFloor() error {
-	args := []string{"bench", "floor", "-o", strings.Join(u.Contender.Options, ",")}
+	args := []string{"bench", "floor"}
+	for _, o := range u.Contender.Options {
+		args = append(args, "-o", o)
+	}
 	entries, err := os.ReadDir(u.layer)
 	if err != nil {
 		return err

@@ -62,6 +62,7 @@ As a contender, lamina:OPTION+OPTION... is Lamina with any mount options, and ov
 	flags.BoolVar(&f.strict, "strict", false, "fail when a target is missed, or a scenario or a contender failed")
 	flags.BoolVar(&f.list, "list", false, "list the scenarios and contenders, and measure nothing")
 	cmd.MarkFlagsMutuallyExclusive("quick", "full")
+	cmd.AddCommand(floorCommand(), manyCommand())
 	return cmd
 }
 

@@ -1,0 +1,3 @@
+package bench
+
+var database = Scenario{Name: "database"}
