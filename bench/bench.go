@@ -211,7 +211,7 @@ func (r *run) wanted(s *Scenario) []string {
 	case len(r.cfg.Contenders) > 0:
 		return slices.DeleteFunc(slices.Clone(r.cfg.Contenders), func(name string) bool {
 			c, err := find(name)
-			return err != nil || c.kind == floorFS && !slices.Contains(s.Contenders, name)
+			return err != nil || c.special && !slices.Contains(s.Contenders, name)
 		})
 	case r.cfg.Mode == Quick && s.Quick != nil:
 		return s.Quick

@@ -28,6 +28,9 @@ type Contender struct {
 	ground groundName   // what it stands on
 	tools  []Tool
 
+	together bool // one process serves all mounts
+	special  bool // only for the scenarios that ask for it
+
 	transport string // what carries the requests of a Lamina that is present: "uring" or "dev"
 }
 
@@ -58,9 +61,11 @@ func Catalogue() []*Contender {
 		return &Contender{
 			Contender: report.Contender{Name: name, Kind: report.Floor, Options: options,
 				Describes: "a FUSE server that answers what Lamina answers and does nothing, " + describes + ": the least that the transport costs"},
-			kind: floorFS, ground: mainGround,
+			kind: floorFS, ground: mainGround, special: true,
 		}
 	}
+	together := lamina("lamina-one-process", "Lamina, all mounts of the host served by one process")
+	together.together, together.special = true, true
 	return []*Contender{
 		{
 			Contender: report.Contender{Name: "plain", Kind: report.Native, Describes: "ordinary files on the filesystem that holds the directory, no union"},
@@ -87,6 +92,7 @@ func Catalogue() []*Contender {
 		lamina("lamina-sync", "Lamina, the rest of a block copied within the write: classic copy-on-write of blocks", "caw=sync"),
 		lamina("lamina-passthrough", "Lamina, lower files read without asking the server", "passthrough=on"),
 		lamina("lamina-nopassthrough", "Lamina, every read and write asks the server", "passthrough=off"),
+		together,
 		floor("floor", "over the default transport"),
 		floor("floor-dev", "over /dev/fuse", "transport=dev"),
 	}

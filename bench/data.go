@@ -2,6 +2,7 @@ package bench
 
 import (
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -22,9 +23,11 @@ const huge = "huge"
 func hugeSize(m Mode) int64 { return Pick[int64](m, 64*mib, 512*mib, 2*gib) }
 
 // hugeLayer holds one large file.
-func (l *Lab) hugeLayer() *Layer {
-	size := hugeSize(l.Mode())
-	return l.Layer(huge, func(ctx context.Context, dir string) error {
+func (l *Lab) hugeLayer() *Layer { return l.fileLayer(hugeSize(l.Mode())) }
+
+// fileLayer holds one file, huge, of a size.
+func (l *Lab) fileLayer(size int64) *Layer {
+	return l.Layer(fmt.Sprintf("%s-%d", huge, size), func(ctx context.Context, dir string) error {
 		return fillFile(ctx, filepath.Join(dir, huge), size)
 	})
 }

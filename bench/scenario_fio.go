@@ -25,10 +25,13 @@ var fio = Scenario{
 	Contenders: []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-xfs", "fuse-overlayfs", "lamina", "lamina-passthrough", "lamina-dev"},
 	Quick:      []string{"plain", "overlayfs", "lamina", "lamina-passthrough"},
 	Tools:      []Tool{{"fio", "fio"}},
-	Space:      hugeSpace,
+	Space:      func(m Mode) int64 { return 6*fioSize(m) + gib },
 	Weight:     35,
 	Run:        runFio,
 }
+
+// fioSize is the lower file's size: large enough that fio's clock of milliseconds will do.
+func fioSize(m Mode) int64 { return max(256*mib, hugeSize(m)) }
 
 // readers and writers are those whose reads, and writes, are not another's.
 var (
@@ -94,7 +97,7 @@ func fioJobs(m Mode, rws ...string) []fioJob {
 }
 
 func runFio(l *Lab) error {
-	layer := l.hugeLayer()
+	layer := l.fileLayer(fioSize(l.Mode()))
 	reads := fioJobs(l.Mode(), "read", "randread")
 	writes := append(fioJobs(l.Mode(), "write", "randwrite"), fioJob{rw: "write", block: kib, jobs: 1, skip: 3 * kib})
 	if err := directIO(l.scratch); err != nil {

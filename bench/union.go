@@ -46,6 +46,7 @@ type Union struct {
 	floor  *exec.Cmd
 	gone   chan struct{} // the floor has exited
 	server int           // pid, 0 without a server
+	took   time.Duration // the last mount
 	before int64         // bytes taken of a filesystem of our own, before anything was written
 	up     bool
 }
@@ -130,10 +131,12 @@ func (u *Union) Up() error {
 	var err error
 	switch u.Contender.kind {
 	case union:
+		began := time.Now()
 		u.mount, err = rival.Up(u.lab.ctx, rival.Config{
 			System: u.Contender.system, Lowers: []string{u.layer}, Options: u.Contender.Options, Binary: u.lab.cfg.Lamina,
 			Upper: u.Upper, Work: u.work(),
 		}, u.Dir)
+		u.took = time.Since(began)
 		if err == nil {
 			u.server, err = u.mount.Server()
 		}
