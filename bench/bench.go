@@ -57,17 +57,21 @@ type run struct {
 
 // Run measures. It leaves nothing mounted and no file behind, also when ctx ends early; what was measured until then is in
 // the result beside the error.
-func Run(ctx context.Context, cfg Config) (_ *report.Run, err error) {
-	if os.Geteuid() != 0 {
-		return nil, errors.New("bench mounts filesystems: run it as root")
-	}
+func Run(ctx context.Context, cfg Config) (*report.Run, error) {
 	scenarios, err := chooseScenarios(cfg.Scenarios)
+	if err == nil {
+		err = checkNames(cfg.Contenders)
+	}
+	if err == nil {
+		err = checkRights()
+	}
 	if err != nil {
 		return nil, err
 	}
-	if err := checkNames(cfg.Contenders); err != nil {
-		return nil, err
-	}
+	return measure(ctx, cfg, scenarios)
+}
+
+func measure(ctx context.Context, cfg Config, scenarios []Scenario) (_ *report.Run, err error) {
 	if cfg.Mode == "" {
 		cfg.Mode = Normal
 	}
@@ -175,6 +179,19 @@ func (l *Lab) checkNeeds() error {
 	if have < need {
 		return fmt.Errorf("it needs %.1f GB of disk and %s has %.1f: free some, choose another --dir, or measure less (--quick)",
 			float64(need)/1e9, filepath.Dir(l.scratch), float64(have)/1e9)
+	}
+	return nil
+}
+
+// checkRights tells what this process may not do.
+func checkRights() error {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var caps [2]unix.CapUserData
+	if err := unix.Capget(&header, &caps[0]); err != nil {
+		return fmt.Errorf("capget: %w", err)
+	}
+	if os.Geteuid() != 0 || caps[0].Effective&(1<<unix.CAP_SYS_ADMIN) == 0 {
+		return errors.New("mounting filesystems needs root with CAP_SYS_ADMIN: run it as root of the host, or in a privileged container")
 	}
 	return nil
 }
@@ -367,10 +384,6 @@ func (r *run) open() error {
 // ownPlaces keeps what Lamina's servers and other programs write within the scratch directory: control sockets, logs,
 // temporary files.
 func (r *run) ownPlaces() error {
-	const longest = len("/run/0123456789abcdef.4194304.sock.new")
-	if len(r.scratch)+longest >= len(unix.RawSockaddrUnix{}.Path) {
-		return fmt.Errorf("--dir: %s is too long for the control sockets of servers below it: use a shorter one", r.scratch)
-	}
 	for name, variable := range map[string]string{"run": "LAMINA_RUNTIME_DIR", "tmp": "TMPDIR"} {
 		dir := filepath.Join(r.scratch, name)
 		if err := os.Mkdir(dir, 0o700); err != nil {

@@ -115,7 +115,12 @@ func listen(mnt string) (*control, error) {
 	if err := os.Remove(fresh); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: fresh, Net: "unix"})
+	addr, done, err := socketAddr(fresh)
+	if err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	defer done()
+	l, err := net.ListenUnix("unix", addr)
 	if err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
@@ -125,6 +130,20 @@ func listen(mnt string) (*control, error) {
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
 	return &control{l: l, path: path}, nil
+}
+
+// socketAddr is the address of a socket. One whose path does not fit into sockaddr_un is reached through a descriptor of
+// its directory, which done closes.
+func socketAddr(path string) (addr *net.UnixAddr, done func(), err error) {
+	if len(path) < len(unix.RawSockaddrUnix{}.Path) {
+		return &net.UnixAddr{Name: path, Net: "unix"}, func() {}, nil
+	}
+	dir, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	short := fmt.Sprintf("/proc/self/fd/%d/%s", dir, filepath.Base(path))
+	return &net.UnixAddr{Name: short, Net: "unix"}, func() { unix.Close(dir) }, nil
 }
 
 // answerTimeout bounds how long one side of a control connection waits for the other.
@@ -158,7 +177,12 @@ var errGone = errors.New("the server is gone")
 // ask connects to one server. The pidfd becomes readable when the server has exited; it is -1 if there is none, and may
 // be valid with an error: the server lives, but does not answer.
 func ask(socket string) (st Status, pidfd int, err error) {
-	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket, Net: "unix"})
+	addr, done, err := socketAddr(socket)
+	if err != nil {
+		return st, -1, err
+	}
+	defer done()
+	conn, err := net.DialUnix("unix", nil, addr)
 	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOENT) {
 		return st, -1, errGone
 	}
