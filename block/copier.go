@@ -105,10 +105,12 @@ func (f *File) completeRun(first, last int64) error {
 		return nil
 	}
 	err := f.quietly(func() error {
-		for b := first; b < last; b++ {
-			if err := f.fillGaps(b, *buf, from); err != nil {
+		for b := first; b < last; {
+			end := f.transitRun(b, last)
+			if err := f.bring(b, end, *buf, from); err != nil {
 				return err
 			}
+			b = end
 		}
 		return nil
 	})
@@ -118,10 +120,58 @@ func (f *File) completeRun(first, last int64) error {
 	return err
 }
 
+// transitRun returns the first block after b, at most last, that is not InTransit and adjacent in the upper file. The
+// caller holds mu.
+func (f *File) transitRun(b, last int64) int64 {
+	for b++; b < last && f.format == Sparse; b++ {
+		if _, ok := f.transit[b]; !ok {
+			break
+		}
+	}
+	return b
+}
+
+// bring writes the gaps of blocks [first, last) out of lower, which holds the lower file's bytes from from on. Of several
+// adjacent blocks the new bytes are read and everything is written back at once, which costs two system calls instead of
+// one for every gap. Nobody can write to them meanwhile: who writes to a block that is not Upper needs mu. The caller holds
+// mu and shape.
+func (f *File) bring(first, last int64, lower []byte, from int64) error {
+	if last-first == 1 {
+		return f.fillGaps(first, lower, from)
+	}
+	lo, hi := f.gapsOf(first, last)
+	if lo >= hi {
+		return nil
+	}
+	whole := getBuf(int(hi - lo))
+	defer putBuf(whole)
+	if err := readZeroFilled(f.s, *whole, lo); err != nil {
+		return err
+	}
+	copied := int64(0)
+	for b := first; b < last; b++ {
+		_ = f.eachGap(b, func(gap, end int64) error {
+			copied += int64(copy((*whole)[gap-lo:end-lo], lower[gap-from:]))
+			return nil
+		})
+	}
+	if _, err := f.s.WriteAt(*whole, lo); err != nil {
+		return err
+	}
+	f.e.copied.Add(copied)
+	f.markFull(first, last)
+	return nil
+}
+
 // missing returns the smallest byte range that holds all gaps of the InTransit blocks in [first, last).
 func (f *File) missing(first, last int64) (from, to int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	return f.gapsOf(first, last)
+}
+
+// gapsOf is missing for a caller that holds mu.
+func (f *File) gapsOf(first, last int64) (from, to int64) {
 	from = f.limit
 	for b := first; b < last; b++ {
 		f.eachGap(b, func(lo, hi int64) error {
