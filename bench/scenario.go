@@ -41,7 +41,7 @@ type Tool struct {
 // Scenarios are all there are, in the order in which they run.
 func Scenarios() []Scenario {
 	return []Scenario{
-		firstWrite, writeMany, readAfterWrite, bcow, fio, space, density, transportTable,
+		firstWrite, writeMany, readAfterWrite, bcow, fio, metadata, build, database, space, density, transportTable,
 	}
 }
 

@@ -28,7 +28,7 @@ var build = Scenario{
 type buildTarget struct{ pkg, changed string }
 
 func runBuild(l *Lab) error {
-	small := buildTarget{"sort", "src/sort/slice.go"}
+	small := buildTarget{"errors", "src/errors/wrap.go"}
 	program := buildTarget{"cmd/gofmt", "src/go/printer/nodes.go"}
 	target := Pick(l.Mode(), small, program, program)
 	layer := l.Layer("goroot", func(ctx context.Context, dir string) error { return wholeGo(ctx, dir) })
