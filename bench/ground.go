@@ -119,6 +119,12 @@ func (g *ground) mkdirLayer(ctx context.Context, dir string) error {
 	return err
 }
 
+// sharesBlocks tells whether a copy may cost nothing, so that a file's blocks do not say what it occupies.
+func (g *ground) sharesBlocks() bool {
+	kind := filesystemOf(g.dir)
+	return kind == "XFS" || kind == "btrfs"
+}
+
 // used is how many bytes of the filesystem are taken, once everything is written out.
 func (g *ground) used() (int64, error) {
 	if err := syncfs(g.dir); err != nil {

@@ -31,7 +31,7 @@ var fio = Scenario{
 }
 
 // fioSize is the lower file's size: large enough that fio's clock of milliseconds will do.
-func fioSize(m Mode) int64 { return max(256*mib, hugeSize(m)) }
+func fioSize(m Mode) int64 { return max(128*mib, hugeSize(m)) }
 
 // readers and writers are those whose reads, and writes, are not another's.
 var (
@@ -192,8 +192,8 @@ func fioWrite(l *Lab, c *Contender, layer *Layer, j fioJob, m *Metric) error {
 	})
 }
 
-// fioTime is how long reads go on.
-const fioTime = 1
+// fioTime is how long reads go on, in milliseconds.
+func fioTime(m Mode) int { return Pick(m, 400, 1000, 1500) }
 
 // fio runs a job. The value of a reading one is its rate in bytes a second, of a writing one its time in seconds.
 func (u *Union) fio(j fioJob) (Sample, error) {
@@ -223,7 +223,7 @@ func (u *Union) fio(j fioJob) (Sample, error) {
 		part := share / 8 / (j.block + j.skip) * j.block
 		args = append(args, fmt.Sprintf("--io_size=%d", part), "--overwrite=1", "--end_fsync=1")
 	} else {
-		args = append(args, "--time_based", fmt.Sprintf("--runtime=%d", fioTime))
+		args = append(args, "--time_based", fmt.Sprintf("--runtime=%dms", fioTime(u.lab.Mode())))
 	}
 	s, err := u.Time(func() error { return u.Command("fio", args...) })
 	if err != nil {

@@ -115,7 +115,7 @@ func (l *Lab) prepare(c *Contender, s Setup) (*Union, error) {
 			return nil, err
 		}
 	}
-	if g.own {
+	if g.own && g.sharesBlocks() {
 		u.before, err = g.used()
 	}
 	return u, err
@@ -293,7 +293,7 @@ func (u *Union) status() (st laminaStatus, err error) {
 // that share blocks between files it is what the filesystem grew by, its own metadata included; elsewhere the blocks of
 // the upper layer's files.
 func (u *Union) Allocated() (int64, error) {
-	if u.ground.own && u.ground.name != mainGround {
+	if u.ground.own && u.ground.sharesBlocks() {
 		now, err := u.ground.used()
 		return now - u.before, err
 	}
