@@ -41,6 +41,9 @@ func (f *File) commitNew() (wrote bool, err error) {
 //
 // The order is the whole point: a table entry reaches the disk only after the bytes that it speaks for.
 func (f *File) commitLocked() (synced bool, err error) {
+	if f.provisional.Load() {
+		return f.commitWhole()
+	}
 	if f.plain.Load() {
 		return false, nil
 	}
@@ -86,7 +89,7 @@ func (f *File) syncStore() error {
 	}
 	if err := f.s.Sync(); err != nil {
 		f.e.fail("syncing the upper file of inode %d: %v", f.ino(), err)
-		if !f.plain.Load() {
+		if f.Sketch() {
 			f.broken = err
 		}
 		return err

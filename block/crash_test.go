@@ -176,13 +176,26 @@ func TestCrash(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := seed(t)
 			for round := range uint64(3) {
-				newCrasher(t, o, s+round).run(*opsFlag / 4)
+				c := newCrasher(t, o, s+round)
+				c.open()
+				c.run(*opsFlag / 4)
 				if t.Failed() {
 					return
 				}
 			}
 		})
 	}
+	t.Run("whole", func(t *testing.T) {
+		s := seed(t)
+		for round := range uint64(20) { // each is provisional only at its beginning
+			c := newCrasher(t, Options{CaW: CaWLazy}, s+round)
+			c.create()
+			c.run(*opsFlag / 8)
+			if t.Failed() {
+				return
+			}
+		}
+	})
 }
 
 func newCrasher(t *testing.T, o Options, s uint64) *crasher {
@@ -191,25 +204,43 @@ func newCrasher(t *testing.T, o Options, s uint64) *crasher {
 	clear(c.low.data[8192:20480]) // a hole
 	c.e = newEngine(t, o)
 	c.store = newCrashStore(nil)
-	if err := c.e.Create(c.store, c.low.ident()); err != nil {
-		t.Fatal(err)
-	}
-	if err := c.store.Sync(); err != nil {
-		t.Fatal(err)
-	}
 	c.h = &history{versions: [][]byte{c.low.data}, owned: map[int64]bool{}, touched: map[int64]bool{},
 		limit: int64(len(c.low.data)), bs: int64(max(o.BlockSize, defaultBlockSize))}
-	c.open()
-	c.store.after = c.look
 	return c
 }
 
+// open makes a sketch if there is none, and opens it.
 func (c *crasher) open() {
+	c.store.after = nil
+	if b, _ := c.store.Header(); b == nil && c.f == nil {
+		if err := c.e.Create(c.store, c.low.ident()); err != nil {
+			c.t.Fatal(err)
+		}
+		if err := c.store.Sync(); err != nil {
+			c.t.Fatal(err)
+		}
+	}
 	f, err := c.e.Open(c.store, c.low.open)
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	c.f, c.store.after = f, c.look
+}
+
+// create makes a provisional copy. A name follows its header to the disk, so the header is there before anything else.
+func (c *crasher) create() {
+	id := c.low.ident()
+	h := Header{Format: Sparse, BlockSize: defaultBlockSize, Ident: id, Limit: id.Size, Size: id.Size}
+	if err := errors.Join(c.store.SetHeader(h.encode()), c.store.Sync()); err != nil {
+		c.t.Fatal(err)
+	}
+	c.what, c.store.after = "create", c.look
+	f, err := c.e.CreateWhole(c.store, id, c.low)
+	if err != nil {
+		c.t.Fatal(err)
+	}
 	c.f = f
+	c.h.add(c.h.now(), 0, id.Size) // the next commit makes every block the upper file's
 }
 
 func (c *crasher) run(ops int) {

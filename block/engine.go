@@ -108,6 +108,8 @@ type Engine struct {
 	fills   chan *File    // settled files to be completed
 	wg      sync.WaitGroup
 
+	syncFS func() error // syncs everything in the upper layer's filesystem; nil: there is no such thing
+
 	inTransit                               atomic.Int64
 	created, createdBytes, copied, complete atomic.Int64
 	commits, errs                           atomic.Int64
@@ -176,28 +178,33 @@ func (e *Engine) copyLoop() {
 // Create makes an empty sketch of the lower file id in an empty upper file: header and length, nothing else. EFBIG: the
 // file is larger than a sketch of this format can be, and has to be copied.
 func (e *Engine) Create(s Store, id Ident) error {
+	_, err := e.create(s, id)
+	return err
+}
+
+func (e *Engine) create(s Store, id Ident) (Header, error) {
 	h := Header{Format: e.opts.Format, BlockSize: e.opts.BlockSize, Ident: id, Limit: id.Size, Size: naturalSize}
 	if h.Format == BCoWSingle {
 		h.BlockSize = singleBlockSize(id.Size, h.BlockSize)
 	}
 	if id.Size < 0 || id.Size > maxBlocks*int64(h.BlockSize) {
-		return fmt.Errorf("a sketch of %d bytes: %w", id.Size, unix.EFBIG)
+		return h, fmt.Errorf("a sketch of %d bytes: %w", id.Size, unix.EFBIG)
 	}
 	if h.Format != Sparse {
 		h.Size = id.Size
 		h.TablePages = tablePages(h.Format, ceilDiv(id.Size, int64(h.BlockSize)))
 	}
 	if err := s.SetHeader(h.encode()); err != nil {
-		return err
+		return h, err
 	}
 	if h.Format == Sparse && id.Size > 0 {
 		if err := s.Truncate(id.Size); err != nil {
-			return err
+			return h, err
 		}
 	}
 	e.created.Add(1)
 	e.createdBytes.Add(id.Size)
-	return nil
+	return h, nil
 }
 
 // singleEntries is the fixed length of a single-level table.

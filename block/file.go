@@ -49,8 +49,11 @@ type File struct {
 	tailClean bool   // all bytes from size to bound are known to be zeros
 	dir       directory
 	tab       *table
-	plain     atomic.Bool  // complete: an ordinary file
-	size      atomic.Int64 // logical size, bytes; not used when plain
+	plain     atomic.Bool // complete: an ordinary file
+	// provisional: plain, but the header is still on disk and says that the lower file counts, see whole.go
+	provisional atomic.Bool
+	nameless    atomic.Bool
+	size        atomic.Int64 // logical size, bytes; not used when plain
 
 	mu      sync.Mutex
 	transit map[int64][]span // of every InTransit block: what is new in it
@@ -332,8 +335,9 @@ func (f *File) quietly(write func() error) error {
 	return errors.Join(err, f.s.SetTimes(omitTime, st.Mtim))
 }
 
-// Sketch says whether some of the file's blocks may still live in the lower file.
-func (f *File) Sketch() bool { return !f.plain.Load() }
+// Sketch says whether the file needs its lower file: because some of its blocks may still live there, or because after a
+// power cut all of them would.
+func (f *File) Sketch() bool { return !f.plain.Load() || f.provisional.Load() }
 
 // Plain returns the upper file's descriptor if the file is an ordinary one, and so will stay.
 func (f *File) Plain() (fd int, ok bool) {

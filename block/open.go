@@ -19,10 +19,15 @@ func (e *Engine) Open(s Store, lower func() (Lower, error)) (*File, error) {
 		s.Close()
 		return nil, err
 	}
-	e.mu.Lock()
-	e.files[f] = struct{}{}
-	e.mu.Unlock()
+	e.register(f)
 	return f, nil
+}
+
+// register makes the engine know an open file.
+func (e *Engine) register(f *File) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.files[f] = struct{}{}
 }
 
 func (e *Engine) openFile(s Store, lower func() (Lower, error), readOnly bool) (*File, error) {
@@ -95,9 +100,9 @@ func (f *File) setHeader(h Header) error {
 
 // Close puts the table on disk and closes the file. If that fails the File stays open, so that nothing written is lost:
 // call Close again, or Abandon it. Once the Engine is closed there is no later: then the File is closed all the same, the
-// error is returned, and the log names what is lost.
+// error is returned, and the log names what is lost. A nameless file is closed as it is.
 func (f *File) Close() error {
-	if f.readOnly {
+	if f.readOnly || f.nameless.Load() {
 		return f.Abandon()
 	}
 	if f.e.ended() {

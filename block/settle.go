@@ -58,12 +58,14 @@ func (e *Engine) settleLoop() {
 	var due []*File // whose turn to be committed has come
 	commitAt := time.Now().Add(e.opts.CommitInterval)
 	for {
-		f, wait, closing := e.nextSettled(commitAt)
+		files, wait, closing := e.nextSettled(commitAt)
 		switch untilCommit := time.Until(commitAt); {
 		case closing:
 			return
-		case f != nil:
-			e.settleOne(f)
+		case len(files) > 0:
+			for _, f := range e.settleWholes(files) {
+				e.settleOne(f)
+			}
 		case len(due) > 0:
 			e.commitOpen(due[0])
 			if due = due[1:]; len(due) == 0 {
@@ -82,30 +84,37 @@ func (e *Engine) settleLoop() {
 	}
 }
 
-// nextSettled takes the file that has to be settled now off the list; if there is none, wait says how long that stays so,
-// or until commitAt if that is sooner. Who puts a file on the list wakes the settler only if it would sleep too long: a
-// wake-up costs more than the write before it.
-func (e *Engine) nextSettled(commitAt time.Time) (f *File, wait time.Duration, closing bool) {
+// maxSettled files are settled in one go.
+const maxSettled = 1024
+
+// nextSettled takes the files that have to be settled now off the list; if there is none, wait says how long that stays
+// so, or until commitAt if that is sooner. Who puts a file on the list wakes the settler only if it would sleep too long:
+// a wake-up costs more than the write before it.
+func (e *Engine) nextSettled(commitAt time.Time) (files []*File, wait time.Duration, closing bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.alarm = commitAt
-	if e.closing || len(e.waiting) == 0 {
-		return nil, time.Until(e.alarm), e.closing
+	if e.closing {
+		return nil, 0, true
 	}
-	first := e.waiting[0]
-	if time.Until(first.at) > 0 && (first.again || len(e.waiting) <= maxWaiting) {
-		if first.at.Before(e.alarm) {
-			e.alarm = first.at
+	now, hurry := time.Now(), len(e.waiting) > maxWaiting
+	for len(e.waiting) > 0 && len(files) < maxSettled {
+		first := e.waiting[0]
+		if first.at.After(now) && (first.again || !hurry) {
+			break
 		}
-		return nil, time.Until(e.alarm), false
+		files = append(files, first.f)
+		e.waiting = e.waiting[1:]
 	}
-	e.waiting = e.waiting[1:]
-	return first.f, 0, false
+	if len(e.waiting) > 0 && e.waiting[0].at.Before(e.alarm) {
+		e.alarm = e.waiting[0].at
+	}
+	return files, time.Until(e.alarm), false
 }
 
 // commitOpen commits a file that may be in use, so that a power cut costs it no more than CommitInterval.
 func (e *Engine) commitOpen(f *File) {
-	if !f.Sketch() {
+	if !f.Sketch() || f.nameless.Load() {
 		return
 	}
 	wrote, err := f.commitNew()
@@ -130,6 +139,10 @@ func (f *File) report(what string, err error) {
 
 // settleOne settles f, or lets it wait again if that failed.
 func (e *Engine) settleOne(f *File) {
+	if f.nameless.Load() {
+		e.settled(f)
+		return
+	}
 	err := f.commit()
 	f.report("settling", err)
 	if err != nil && !f.closed.Load() {
@@ -222,6 +235,9 @@ func (f *File) worthCompleting() bool {
 
 // lastCommit is commit when nothing can be tried later: what it cannot put on disk is named to the operator.
 func (f *File) lastCommit() error {
+	if f.nameless.Load() {
+		return nil
+	}
 	err := f.commit()
 	if err == nil {
 		return nil

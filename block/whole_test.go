@@ -1,0 +1,150 @@
+package block
+
+import (
+	"bytes"
+	"errors"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// whole makes a provisional copy of low in a new store.
+func whole(t testing.TB, e *Engine, low *memLower) (*File, *crashStore) {
+	t.Helper()
+	s := newCrashStore(nil)
+	f, err := e.CreateWhole(s, low.ident(), low)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f, s
+}
+
+func TestWholeIsProvisionalUntilCommitted(t *testing.T) {
+	low := &memLower{data: testContent(20000), mtime: 5}
+	f, s := whole(t, newEngine(t, Options{SettleDelay: time.Hour}), low)
+	defer f.Close()
+	if _, err := f.WriteAt([]byte("new"), 19999); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := f.Plain(); ok || !f.plain.Load() || !f.Sketch() || f.Size() != 20002 {
+		// crashStore has no descriptor, so nothing can be passed through
+		t.Errorf("plain %v, sketch %v, size %d", f.plain.Load(), f.Sketch(), f.Size())
+	}
+	if b, _ := s.Header(); b == nil {
+		t.Error("the header is gone before the bytes are on disk")
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	m := s.power()
+	if m.header != nil || len(m.origin) == 0 || m.size != 20002 || f.Sketch() {
+		t.Errorf("synced: header %v, origin %x, size %d, sketch %v", m.header, m.origin, m.size, f.Sketch())
+	}
+	want := append(bytes.Clone(low.data[:19999]), "new"...)
+	expectContent(t, newCrashStore(m), want)
+}
+
+// A lower file that is shorter than it was is no reason to make up bytes.
+func TestWholeOfAShorterLower(t *testing.T) {
+	low := &memLower{data: testContent(20000), mtime: 5}
+	id := low.ident()
+	low.data = low.data[:1000]
+	_, err := newEngine(t, Options{}).CreateWhole(newCrashStore(nil), id, low)
+	if !errors.Is(err, ErrLowerChanged) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// Once a sync has failed nothing says what the disk holds: the header stays, and Sync keeps failing.
+func TestWholeAfterAFailedSync(t *testing.T) {
+	f, s := whole(t, newEngine(t, Options{SettleDelay: time.Hour}), &memLower{data: testContent(5000), mtime: 5})
+	s.fail = func(op string, n int) (int, error) {
+		if op == "sync" {
+			return 0, unix.EIO
+		}
+		return n, nil
+	}
+	if err := f.Sync(); !errors.Is(err, unix.EIO) {
+		t.Errorf("sync: %v", err)
+	}
+	s.fail = nil
+	if err := f.Sync(); !errors.Is(err, unix.EIO) {
+		t.Errorf("second sync: %v", err)
+	}
+	if b, _ := s.Header(); b == nil {
+		t.Error("the header is gone")
+	}
+	f.Abandon()
+}
+
+// Many files are settled with one sync of the filesystem; if that fails, each is synced by itself.
+func TestManyWholesSettleTogether(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		e := newEngine(t, Options{SettleDelay: 200 * time.Millisecond})
+		synced := 0
+		e.SyncsWith(func() error {
+			if synced++; fails {
+				return unix.EIO
+			}
+			return nil
+		})
+		done := make(chan *File, 3*syncMany)
+		stores, alone := map[*File]*crashStore{}, make(chan struct{}, 100)
+		for range cap(done) {
+			f, s := whole(t, e, &memLower{data: testContent(5000), mtime: 5})
+			s.fail = func(op string, n int) (int, error) {
+				if op == "sync" {
+					alone <- struct{}{}
+				}
+				return n, nil
+			}
+			stores[f] = s
+		}
+		for f := range stores {
+			f.Settle(func(f *File) { done <- f })
+		}
+		for range cap(done) {
+			f := <-done
+			if b, _ := stores[f].Header(); b != nil || f.Sketch() {
+				t.Errorf("fails %v: settled with a header", fails)
+			}
+			if err := f.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		if synced == 0 || synced > 3 { // one deadline may fall between two of them
+			t.Errorf("fails %v: %d syncs of the filesystem", fails, synced)
+		}
+		if n := len(alone); fails != (n >= cap(done)) || !fails && n >= syncMany {
+			t.Errorf("fails %v: %d files were synced by themselves", fails, n)
+		}
+	}
+}
+
+// A file without a name is not put on disk by anybody but who asks for it.
+func TestNamelessIsNotCommitted(t *testing.T) {
+	e := newEngine(t, Options{SettleDelay: time.Millisecond, CommitInterval: 5 * time.Millisecond, CaW: CaWLazy})
+	low := &memLower{data: testContent(500000), mtime: 5}
+	named, nameless := newCrashStore(nil), newCrashStore(nil)
+	f, g := named.sketch(t, e, low), nameless.sketch(t, e, low)
+	g.Nameless()
+	for _, f := range []*File{f, g} {
+		if _, err := f.WriteAt([]byte("new"), 10000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, func() bool { return e.Stats().Commits > 0 })
+	settled := make(chan struct{})
+	g.Settle(func(*File) { close(settled) })
+	<-settled
+	if err := g.Close(); err != nil {
+		t.Error(err)
+	}
+	if m := nameless.power(); m.header != nil || len(m.pages) != 0 {
+		t.Errorf("the nameless file is on disk: header %v, %d pages", m.header, len(m.pages))
+	}
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+}
