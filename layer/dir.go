@@ -466,11 +466,18 @@ func (d *Dir) Listxattr(path string) ([]string, error) {
 
 // Open implements Layer.
 func (d *Dir) Open(path string) (File, error) {
-	fd, err := d.OpenFile(path, unix.O_RDONLY, 0)
+	f := &dirFile{d: d, path: path}
+	var err error
+	if d.Cloned() && d.override == OverrideNone {
+		err = f.openImmutable()
+	}
+	if f.st == nil {
+		f.fd, err = d.OpenFile(path, unix.O_RDONLY, 0)
+	}
 	if err != nil {
 		return nil, err
 	}
-	return &dirFile{d: d, path: path, fd: fd}, nil
+	return f, nil
 }
 
 // OpenPath returns an O_PATH descriptor of the object itself, whatever its type.
@@ -489,6 +496,24 @@ type dirFile struct {
 	d    *Dir
 	path string
 	fd   int
+	st   *unix.Stat_t // of a file of a clone, when it was opened
+}
+
+// openImmutable opens a file of a clone, keeping the attributes that were looked at on the way. Without them it leaves
+// the file to be opened with more patience.
+func (f *dirFile) openImmutable() error {
+	parent, at, name, err := f.d.at(f.path)
+	if err != nil {
+		return f.d.fail("open", f.path, err)
+	}
+	defer done(parent)
+	var st unix.Stat_t
+	f.fd, err = openImmutable(at, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NOCTTY, &st)
+	if err == unix.EAGAIN {
+		return nil
+	}
+	f.st = &st
+	return f.d.fail("open", f.path, err)
 }
 
 func (f *dirFile) FD() int { return f.fd }
@@ -510,7 +535,12 @@ func (f *dirFile) ReadAt(p []byte, off int64) (int, error) {
 	return total, nil
 }
 
-func (f *dirFile) Stat() (unix.Stat_t, error) { return f.d.FStat(f.fd) }
+func (f *dirFile) Stat() (unix.Stat_t, error) {
+	if f.st != nil {
+		return *f.st, nil
+	}
+	return f.d.FStat(f.fd)
+}
 
 func (f *dirFile) SeekData(off int64) (start, end int64, err error) {
 	if start, err = unix.Seek(f.fd, off, unix.SEEK_DATA); err == nil {

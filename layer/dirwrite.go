@@ -55,7 +55,8 @@ func (d *Dir) OpenFile(path string, flags int, mode uint32) (int, error) {
 // may act, or on a fifo, whose open may block or wake a writer.
 func (d *Dir) openRegular(at int, name string, flags int) (int, error) {
 	if d.Cloned() {
-		fd, err := openImmutable(at, name, flags)
+		var st unix.Stat_t
+		fd, err := openImmutable(at, name, flags, &st)
 		if err != unix.EAGAIN {
 			return fd, err
 		}
@@ -76,14 +77,13 @@ func (d *Dir) openRegular(at int, name string, flags int) (int, error) {
 	return openBlocking(unix.AT_FDCWD, fdPath(path), flags&^unix.O_NOFOLLOW)
 }
 
-// openImmutable opens a file of a clone: nobody should replace the object between the two calls, and if somebody does,
+// openImmutable opens a file of a clone, whose attributes it gives: nobody should replace the object between the two calls, and if somebody does,
 // nodev and O_NONBLOCK keep the harm away.
-func openImmutable(at int, name string, flags int) (int, error) {
-	var st unix.Stat_t
-	if err := unix.Fstatat(at, name, &st, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT); err != nil {
+func openImmutable(at int, name string, flags int, st *unix.Stat_t) (int, error) {
+	if err := unix.Fstatat(at, name, st, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT); err != nil {
 		return -1, err
 	}
-	if err := mustBeRegular(&st); err != nil {
+	if err := mustBeRegular(st); err != nil {
 		return -1, err
 	}
 	return openBlocking(at, name, flags|unix.O_NONBLOCK)
@@ -150,7 +150,11 @@ func (d *Dir) Tmpfile(dir string, mode uint32) (int, error) {
 // LinkFD gives the open file fd, which may come from Tmpfile, the name path.
 func (d *Dir) LinkFD(fd int, path string) error {
 	return d.modify("link", path, func(at int, name string) error {
-		return unix.Linkat(unix.AT_FDCWD, fdPath(fd), at, name, unix.AT_SYMLINK_FOLLOW)
+		err := unix.Linkat(fd, "", at, name, unix.AT_EMPTY_PATH)
+		if err == unix.ENOENT { // not for who lacks CAP_DAC_READ_SEARCH; a file without a name can be linked otherwise
+			err = unix.Linkat(unix.AT_FDCWD, fdPath(fd), at, name, unix.AT_SYMLINK_FOLLOW)
+		}
+		return err
 	})
 }
 

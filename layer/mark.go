@@ -21,7 +21,8 @@ func (d *Dir) Marks(path string, mode uint32) (Marks, error) {
 	if err != nil {
 		return m, d.fail("listxattr", path, err)
 	}
-	if has == (markSet{}) {
+	m.Bare = !has.any
+	if has == (markSet{any: has.any}) {
 		return m, nil
 	}
 	r := markReader{d: d, fd: fd, name: name, path: path}
@@ -43,12 +44,14 @@ func (d *Dir) Marks(path string, mode uint32) (Marks, error) {
 	return m, r.err
 }
 
-type markSet struct{ opaque, redirect, metacopy, origin bool }
+// markSet says which of overlay's attributes an object has, and whether it has any attribute at all.
+type markSet struct{ opaque, redirect, metacopy, origin, any bool }
 
 func (d *Dir) listMarks(fd int, name string) (markSet, error) {
 	var has markSet
 	prefix := d.ns.Prefix()
 	err := eachXattr(fd, name, func(attr []byte) {
+		has.any = true
 		if len(attr) <= len(prefix) || string(attr[:len(prefix)]) != prefix {
 			return
 		}

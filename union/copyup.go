@@ -19,9 +19,10 @@ const maxChain = 16
 // prepared is an object made for the upper layer, complete with owner, mode, attributes and times, but without its
 // name: a nameless file, or one under a temporary name in the workdir.
 type prepared struct {
-	fd     int    // O_RDWR of a regular file, or -1
-	tmp    string // in the workdir, or ""
-	mode   uint32 // that the file was made with
+	fd     int         // O_RDWR of a regular file, or -1
+	file   *block.File // where it was opened on the way; fd is its own then
+	tmp    string      // in the workdir, or ""
+	mode   uint32      // that the file was made with
 	ino    uint64
 	size   int64
 	sketch bool
@@ -29,7 +30,10 @@ type prepared struct {
 }
 
 func (fs *FS) abandon(p *prepared) {
-	if p.fd >= 0 {
+	switch {
+	case p.file != nil:
+		p.file.Abandon()
+	case p.fd >= 0:
 		unix.Close(p.fd)
 	}
 	if p.tmp != "" {
@@ -40,7 +44,8 @@ func (fs *FS) abandon(p *prepared) {
 // purpose says what a file is copied up for: what can be done on the way costs less than what is done afterwards.
 type purpose struct {
 	truncate bool     // to set the size to 0: not even a sketch is needed
-	open     bool     // to open it
+	open     bool     // to open it for writing
+	sparing  bool     // there was no space for the whole of a small file
 	change   *SetAttr // to change its owner, mode or times
 }
 
@@ -70,6 +75,10 @@ func (fs *FS) copyUpTo(n *Node, why purpose) (served bool, err error) {
 		return false, nil
 	}
 	p, err := fs.prepare(n, why)
+	if why.open && (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)) {
+		why.sparing = true
+		p, err = fs.prepare(n, why)
+	}
 	if err != nil {
 		return false, err
 	}
@@ -91,19 +100,13 @@ func (fs *FS) install(n *Node, p *prepared, open bool) error {
 	}
 	var next *content
 	if old != nil || open {
-		f, err := fs.cfg.Engine.Open(fs.store(p.fd), fs.lowerOf(n.stackOf(p)))
-		if err != nil {
-			p.fd = -1 // Engine.Open has closed it
+		if err := fs.openPrepared(n, p); err != nil {
 			fs.abandon(p)
 			return err
 		}
-		next = &content{file: f, prev: old}
+		next = &content{file: p.file, prev: old}
 	}
 	if err := fs.place(n, p); err != nil {
-		if next != nil {
-			next.file.Abandon()
-			p.fd = -1
-		}
 		fs.abandon(p)
 		return err
 	}
@@ -128,6 +131,17 @@ func (fs *FS) install(n *Node, p *prepared, open bool) error {
 	return nil
 }
 
+// openPrepared opens the prepared file unless that was done on the way.
+func (fs *FS) openPrepared(n *Node, p *prepared) (err error) {
+	if p.file != nil {
+		return nil
+	}
+	if p.file, err = fs.cfg.Engine.Open(fs.store(p.fd), fs.lowerOf(n.stackOf(p))); err != nil {
+		p.fd = -1 // Engine.Open has closed it
+	}
+	return err
+}
+
 // stackOf is where the node's data lies besides the prepared object.
 func (n *Node) stackOf(p *prepared) []lowerRef {
 	if p.sketch {
@@ -140,18 +154,20 @@ func (n *Node) stackOf(p *prepared) []lowerRef {
 func (fs *FS) prepare(n *Node, why purpose) (*prepared, error) {
 	ref := n.stack[0]
 	l := fs.lowers[ref.layer]
-	st, err := l.Stat(ref.path)
+	low, st, err := fs.lookBelow(n, why)
 	if err != nil {
 		return nil, err
+	}
+	if low != nil {
+		defer low.Close()
 	}
 	p := &prepared{fd: -1}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		p.mode = st.Mode & 0o777
-		if p.fd, p.tmp, err = fs.newFile(p.mode); err != nil {
+		if err = fs.newFile(p, st.Mode&0o777); err != nil {
 			return nil, err
 		}
-		err = fs.fill(n, p, &st, why.truncate)
+		err = fs.fill(n, p, &st, low, why)
 	case unix.S_IFLNK:
 		var target string
 		if target, err = l.Readlink(ref.path); err != nil {
@@ -164,7 +180,7 @@ func (fs *FS) prepare(n *Node, why purpose) (*prepared, error) {
 		err = fs.work.Mknod(p.tmp, st.Mode, st.Rdev)
 	}
 	if err == nil {
-		err = fs.copyMeta(l, ref.path, &st, p, why.change)
+		err = fs.copyMeta(l, ref.path, &st, p, n.bare, why.change)
 	}
 	if err == nil && !p.sketch {
 		err = fs.setOrigin(p, key{l.FS(), st.Ino})
@@ -175,7 +191,7 @@ func (fs *FS) prepare(n *Node, why purpose) (*prepared, error) {
 	if err == nil {
 		err = p.setTimes(fs, timesOf(&st, why.change))
 	}
-	if err == nil {
+	if err == nil && (p.ino == 0 || !p.sketch) {
 		var up unix.Stat_t
 		up, err = p.stat(fs)
 		p.ino, p.size = up.Ino, up.Size
@@ -185,6 +201,32 @@ func (fs *FS) prepare(n *Node, why purpose) (*prepared, error) {
 		return nil, err
 	}
 	return p, nil
+}
+
+// wholeMax is how long a lower file may be, in bytes, to be copied when it is opened for writing. Measured on ext4: up to
+// here copying costs less than what a sketch needs besides, which is a request for every write and a copier's turn.
+const wholeMax = 64 << 10
+
+// lookBelow gives the attributes of a node's lower object, and the open file if the whole of it is to be copied.
+func (fs *FS) lookBelow(n *Node, why purpose) (layer.File, unix.Stat_t, error) {
+	ref := n.stack[0]
+	l := fs.lowers[ref.layer]
+	whole := fs.cfg.CopyUp == CopyUpAuto && why.open && !why.truncate && !why.sparing &&
+		isReg(n.mode) && !ref.sketch && n.size > 0 && n.size <= wholeMax
+	if !whole {
+		st, err := l.Stat(ref.path)
+		return nil, st, err
+	}
+	low, err := l.Open(ref.path)
+	if err != nil {
+		return nil, unix.Stat_t{}, err
+	}
+	st, err := low.Stat()
+	if err != nil {
+		low.Close()
+		return nil, st, err
+	}
+	return low, st, nil
 }
 
 // timesOf is the lower file's times, or the ones to be set.
@@ -199,20 +241,35 @@ func timesOf(st *unix.Stat_t, change *SetAttr) [2]unix.Timespec {
 	return ts
 }
 
-// newFile makes an empty regular file for reading and writing, nameless where the filesystem can.
-func (fs *FS) newFile(mode uint32) (fd int, tmp string, err error) {
-	if !fs.noTmpfile {
-		fd, err = fs.work.Tmpfile(tmpDir, mode)
-		return fd, "", err
+// newFile gives p an empty regular file for reading and writing, nameless where the filesystem can. mode is what it is
+// made with if nobody made one before.
+func (fs *FS) newFile(p *prepared, mode uint32) (err error) {
+	if fs.noTmpfile {
+		p.tmp, p.mode = fs.tmpName(), mode
+		p.fd, err = fs.work.OpenFile(p.tmp, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, mode)
+		return err
 	}
-	tmp = fs.tmpName()
-	fd, err = fs.work.OpenFile(tmp, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, mode)
-	return fd, tmp, err
+	if s, ok := fs.spares.take(); ok {
+		p.fd, p.ino, p.mode = s.fd, s.ino, spareMode
+		return nil
+	}
+	p.mode = mode
+	p.fd, err = fs.work.Tmpfile(tmpDir, mode)
+	return err
 }
 
-// fill gives a new upper file its contents: a clone, a sketch, or a full copy that is on disk before it gets a name.
-func (fs *FS) fill(n *Node, p *prepared, st *unix.Stat_t, truncate bool) error {
-	if truncate || st.Size == 0 && !n.stack[0].sketch {
+// fill gives a new upper file its contents: the whole of low, a clone, a sketch, or a full copy that is on disk before it
+// gets a name.
+func (fs *FS) fill(n *Node, p *prepared, st *unix.Stat_t, low layer.File, why purpose) (err error) {
+	id := block.Ident{Size: st.Size, MtimeNS: st.Mtim.Nano(), FS: fs.lowers[n.stack[0].layer].FS(), Ino: st.Ino}
+	if low != nil && st.Size > 0 && st.Size <= wholeMax {
+		p.sketch = true // as long as it has a header
+		if p.file, err = fs.cfg.Engine.CreateWhole(fs.store(p.fd), id, low); err != nil {
+			p.fd = -1
+		}
+		return err
+	}
+	if why.truncate || st.Size == 0 && !n.stack[0].sketch {
 		return nil
 	}
 	mode := fs.cfg.CopyUp
@@ -238,12 +295,17 @@ func (fs *FS) fill(n *Node, p *prepared, st *unix.Stat_t, truncate bool) error {
 	if mode == CopyUpFull || depth >= maxChain {
 		return fs.copyAll(n, p.fd)
 	}
-	size := st.Size
 	if lowerSketch {
-		size = n.size
+		id.Size = n.size
 	}
 	p.sketch = true
-	return fs.cfg.Engine.Create(fs.store(p.fd), block.Ident{Size: size, MtimeNS: st.Mtim.Nano(), FS: fs.lowers[n.stack[0].layer].FS(), Ino: st.Ino})
+	if !why.open {
+		return fs.cfg.Engine.Create(fs.store(p.fd), id)
+	}
+	if p.file, err = fs.cfg.Engine.CreateOpen(fs.store(p.fd), id, fs.lowerOf(n.stack)); err != nil {
+		p.fd = -1
+	}
+	return err
 }
 
 // dup gives a second descriptor of the same open file, for an owner that closes it.
@@ -296,8 +358,9 @@ func (fs *FS) copyAll(n *Node, fd int) error {
 }
 
 // copyMeta gives the prepared object, which belongs to the server, the lower one's owner, mode and attributes, but for
-// those that change says otherwise. Order matters: a change of owner drops set-id bits and capabilities.
-func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared, change *SetAttr) error {
+// those that change says otherwise. bare: it is known to have no attributes. Order matters: a change of owner drops set-id
+// bits and capabilities.
+func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared, bare bool, change *SetAttr) error {
 	uid, gid, mode := st.Uid, st.Gid, st.Mode&0o7777
 	chowned := false
 	if change != nil {
@@ -314,9 +377,12 @@ func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared,
 			return err
 		}
 	}
-	names, err := l.Listxattr(path)
-	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
-		return err
+	var names []string
+	if !bare {
+		var err error
+		if names, err = l.Listxattr(path); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+			return err
+		}
 	}
 	for _, name := range names {
 		if fs.private(name) || chowned && name == capability {
@@ -467,7 +533,7 @@ func (fs *FS) copyUpDir(n *Node) error {
 	if err := fs.work.Mkdir(p.tmp, 0o700); err != nil {
 		return err
 	}
-	err = fs.copyMeta(l, ref.path, &st, p, nil)
+	err = fs.copyMeta(l, ref.path, &st, p, n.bare, nil)
 	if err == nil {
 		err = p.setTimes(fs, timesOf(&st, nil))
 	}

@@ -18,7 +18,7 @@ import (
 
 // A mount ends also when a file cannot be saved: with the error, and with nothing left running.
 func TestCloseWhenAFileCannotSettle(t *testing.T) {
-	s := newStack(t, 1, func(p func(int, string) string) { put(t, p(0, "f"), strings.Repeat("a", 20000)) })
+	s := newStack(t, 1, func(p func(int, string) string) { put(t, p(0, "f"), strings.Repeat("a", wholeMax+20000)) })
 	s.umount()
 	routines := runtime.NumGoroutine()
 	s.change = func(c *Config) {

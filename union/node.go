@@ -26,6 +26,7 @@ type Node struct {
 	absolute bool       // indexed: the count is stored as a number, see index.go
 	stack    []lowerRef // directories: what is merged, topmost first; files: where the data lies
 	lpath    string     // where the lower counterpart is found from the roots of the lower layers
+	bare     bool       // stack[0] has no extended attributes
 	xwh      bool       // directory whose upper part may hold whiteouts that are regular files
 	redir    bool       // the upper object carries an absolute overlay.redirect
 	dead     bool       // no name is left; changed with mu held too, so that either lock will do for reading

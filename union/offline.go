@@ -290,7 +290,7 @@ func (fs *FS) rewrite(paths []string, f *found) error {
 		err = fs.flattenTo(fd, paths[0], f)
 	}
 	if err == nil {
-		err = fs.copyMeta(fs.upper, paths[0], &f.st, p, nil)
+		err = fs.copyMeta(fs.upper, paths[0], &f.st, p, false, nil)
 	}
 	if err == nil && !f.header.Kernel {
 		err = fs.setOrigin(p, key{f.header.Ident.FS, f.header.Ident.Ino})

@@ -161,6 +161,9 @@ func (n *Node) die(last Attr) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.dead = true
+	if c := n.cur.Load(); c != nil && c.file != nil {
+		c.file.Nameless()
+	}
 	last.Nlink = 0
 	last.Ino = n.ino
 	n.last = last

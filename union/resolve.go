@@ -332,7 +332,7 @@ func (fs *FS) adopt(dir *Node, name string, f *found) (*Node, error) {
 		n.addLink(dir, name)
 		return n, nil
 	}
-	n := &Node{fs: fs, ino: fs.inoOf(k.fs, k.ino), mode: f.st.Mode & unix.S_IFMT, key: k, upper: f.upper, stack: f.stack, lpath: f.lpath, refs: 1, indexed: indexed, delta: delta, absolute: absolute}
+	n := &Node{fs: fs, ino: fs.inoOf(k.fs, k.ino), mode: f.st.Mode & unix.S_IFMT, key: k, upper: f.upper, stack: f.stack, lpath: f.lpath, refs: 1, indexed: indexed, delta: delta, absolute: absolute, bare: f.lmarks.Bare}
 	n.several = !f.upper && f.st.Nlink > 1 && k != key{}
 	if k == (key{}) {
 		n.ino = fs.inoOf(own.fs, own.ino)
@@ -391,7 +391,7 @@ func (fs *FS) adoptDir(dir *Node, name string, f *found) (*Node, error) {
 		return n, nil
 	}
 	fs.tab.Unlock()
-	n := &Node{fs: fs, mode: unix.S_IFDIR, upper: f.upper, stack: f.stack, lpath: f.lpath, refs: 1}
+	n := &Node{fs: fs, mode: unix.S_IFDIR, upper: f.upper, stack: f.stack, lpath: f.lpath, refs: 1, bare: f.lmarks.Bare}
 	if f.upper {
 		n.upIno = f.st.Ino
 		n.xwh = f.marks.XWhiteouts

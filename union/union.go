@@ -42,6 +42,7 @@ type FS struct {
 	noClone          []atomic.Uint32 // by lower layer: the errno with which it refused to be cloned from, for good
 	closing          atomic.Bool
 	noTmpfile        bool // the upper's filesystem knows no O_TMPFILE
+	spares           spares
 }
 
 // Directories that a mount keeps in its workdir.
@@ -79,8 +80,10 @@ func newFS(cfg Config) *FS {
 	fs := &FS{cfg: cfg, lowers: cfg.Lowers, upper: cfg.Upper, work: cfg.Work, prefix: cfg.NS.Prefix(), fsids: map[uint64]uint64{}}
 	fs.noClone = make([]atomic.Uint32, len(fs.lowers))
 	fs.nodeTable.init()
+	fs.spares.make = fs.newSpare
 	if fs.upper != nil {
 		fs.fsids[fs.upper.FS()] = 0
+		cfg.Engine.SyncsWith(func() error { return unix.Syncfs(fs.upper.RootFD()) })
 	}
 	for _, l := range fs.lowers {
 		if _, ok := fs.fsids[l.FS()]; !ok {
@@ -156,6 +159,7 @@ func (fs *FS) Close() error {
 	fs.closing.Store(true)
 	err := fs.cfg.Engine.Close()
 	fs.closeKept()
+	fs.spares.close()
 	if fs.upper != nil && err == nil && fs.cfg.Volatile {
 		if err = unix.Syncfs(fs.upper.RootFD()); err == nil {
 			err = fs.work.Rmdir(dirtyMark)

@@ -737,21 +737,22 @@ func TestTrapForgedOrigin(t *testing.T) {
 }
 
 func TestTrapChangedLowerIsEIOForThatFileOnly(t *testing.T) {
+	const size = wholeMax + 20000 // a smaller file would be copied
 	s := newStack(t, 1, func(p func(int, string) string) {
-		put(t, p(0, "changed"), strings.Repeat("a", 20000))
-		put(t, p(0, "intact"), strings.Repeat("b", 20000))
+		put(t, p(0, "changed"), strings.Repeat("a", size))
+		put(t, p(0, "intact"), strings.Repeat("b", size))
 	})
 	s.write("changed", "X", 4096)
 	s.write("intact", "X", 4096)
 	s.umount()
-	put(t, filepath.Join(s.lowers[0], "changed"), strings.Repeat("c", 20001))
+	put(t, filepath.Join(s.lowers[0], "changed"), strings.Repeat("c", size+1))
 	s.mount()
 	h, err := s.fs.Open(s.node("changed"), unix.O_RDONLY)
 	must(t, err)
 	_, err = h.ReadAt(make([]byte, 10), 12000)
 	wantErr(t, err, unix.EIO)
 	h.Release()
-	s.wantRead("intact", strings.Repeat("b", 4096)+"X"+strings.Repeat("b", 20000-4097))
+	s.wantRead("intact", strings.Repeat("b", 4096)+"X"+strings.Repeat("b", size-4097))
 	must(t, s.fs.Close())
 	s.fs = nil
 	cfg := s.config()
@@ -766,7 +767,7 @@ func TestTrapChangedLowerIsEIOForThatFileOnly(t *testing.T) {
 func TestFlattenLeavesOrdinaryFiles(t *testing.T) {
 	for _, format := range []block.Format{block.Sparse, block.BCoW, block.BCoWSingle} {
 		t.Run(fmt.Sprint(format), func(t *testing.T) {
-			data := bytes.Repeat([]byte("0123456789abcdef"), 4096)
+			data := bytes.Repeat([]byte("0123456789abcdef"), 8192)
 			s := newStack(t, 1, func(p func(int, string) string) {
 				put(t, p(0, "d/f"), string(data))
 				put(t, p(0, "l1"), string(data))
@@ -824,7 +825,7 @@ func TestFlattenLeavesOrdinaryFiles(t *testing.T) {
 
 // A committed upper layer full of sketches is the lower layer of the next container.
 func TestChainOfSketches(t *testing.T) {
-	data := strings.Repeat("0123456789abcdef", 4096)
+	data := strings.Repeat("0123456789abcdef", 8192)
 	s := newStack(t, 1, func(p func(int, string) string) { put(t, p(0, "f"), data) })
 	want := []byte(data)
 	for i := range maxChain + 3 {
