@@ -25,6 +25,7 @@ type noKernel struct {
 }
 
 func (*noKernel) unregisterBacking(int32) {}
+func (*noKernel) invalAttr(uint64)        {}
 
 func (k *noKernel) registerBacking(int) (int32, error) {
 	k.ids++
