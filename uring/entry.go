@@ -40,6 +40,7 @@ type entry struct {
 
 	resident int  // bytes of payload that may have memory behind them
 	used     bool // since the last trim
+	away     bool // being answered outside of the lane
 
 	in, out [2][]byte // for fuse.ProtocolServer
 }

@@ -18,6 +18,8 @@ import (
 // none that comes after it. The kernel gives a request to the entry that became free last (fuse_uring_ent_avail), so that
 // one lane of a CPU, warm in its caches, does nearly everything as long as nothing takes long.
 type lane struct {
+	threads *threads
+
 	cpu   int // -1: it runs where it likes
 	ring  *ring
 	event int // eventfd: there is mail
@@ -45,12 +47,12 @@ const (
 )
 
 // startLane starts the thread and returns when its ring is there.
-func startLane(cpu int) (*lane, error) {
+func startLane(t *threads, cpu int) (*lane, error) {
 	event, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
-	l := &lane{cpu: cpu, event: event, done: make(chan struct{})}
+	l := &lane{threads: t, cpu: cpu, event: event, done: make(chan struct{})}
 	l.elsewhere.Add(1)
 	started := make(chan error)
 	go l.run(started)
@@ -190,6 +192,7 @@ func (l *lane) arrived(e *entry, res int32) {
 	}
 	l.requests.Add(1)
 	if e.slow() {
+		e.away = true
 		go func() {
 			e.conn.handler.handle(e)
 			l.post(func() { l.answered(e) })
@@ -201,10 +204,16 @@ func (l *lane) arrived(e *entry, res int32) {
 }
 
 func (l *lane) answered(e *entry) {
+	e.away = false
 	if e.used && !l.bulky.Load() {
-		l.bulky.Store(true)
+		l.keepsMuch()
 	}
 	l.commit(e)
+}
+
+func (l *lane) keepsMuch() {
+	l.bulky.Store(true)
+	l.threads.trimLater()
 }
 
 // trim gives the memory of large requests back. A buffer that the kernel has filled is one whose completion is there: all
@@ -212,10 +221,14 @@ func (l *lane) answered(e *entry) {
 func (l *lane) trim() {
 	l.bulky.Store(false)
 	l.drain()
+	again := false
 	for _, e := range l.slots {
-		if e != nil && e.trim() {
-			l.bulky.Store(true) // used since: look again next time
+		if e != nil && !e.away {
+			again = e.trim() || again // used since: look again next time
 		}
+	}
+	if again {
+		l.keepsMuch()
 	}
 }
 

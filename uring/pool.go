@@ -3,6 +3,7 @@ package uring
 import (
 	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -13,6 +14,9 @@ import (
 //
 // Each CPU that the process may use has Depth lanes pinned to it. The queues of all other possible CPUs, which are
 // offline or belong to others' cpusets, are served by Depth lanes that run where they may.
+//
+// A file system must not use another mount of the same process while it answers: the request could come to the lane that
+// waits for it.
 type Pool struct {
 	threads *threads
 	once    sync.Once
@@ -24,7 +28,7 @@ type threads struct {
 	pinned    map[int][]*lane
 	elsewhere []*lane
 	turn      int // which lane the next connection prefers
-	quit      chan struct{}
+	trimming  atomic.Bool
 }
 
 var shared struct {
@@ -81,7 +85,7 @@ func startThreads() (*threads, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &threads{queues: queues, pinned: map[int][]*lane{}, quit: make(chan struct{})}
+	t := &threads{queues: queues, pinned: map[int][]*lane{}}
 	t.depth = depth(usable.Count())
 	for q := range queues {
 		if usable.IsSet(q) {
@@ -97,7 +101,6 @@ func startThreads() (*threads, error) {
 			return nil, err
 		}
 	}
-	go t.trim()
 	return t, nil
 }
 
@@ -105,7 +108,7 @@ func startThreads() (*threads, error) {
 func (t *threads) start(cpu int) ([]*lane, error) {
 	var lanes []*lane
 	for range t.depth {
-		l, err := startLane(cpu)
+		l, err := startLane(t, cpu)
 		if err != nil {
 			t.each(func(l *lane) { l.stop() })
 			for _, l := range lanes {
@@ -130,7 +133,6 @@ func withRemedy(err error) error {
 }
 
 func (t *threads) stop() {
-	close(t.quit)
 	t.each(func(l *lane) { l.stop() })
 }
 
@@ -156,19 +158,23 @@ func (t *threads) of(queue int) []*lane {
 // trimEvery is how long memory of large requests is kept after its last use, at least.
 const trimEvery = 5 * time.Second
 
-func (t *threads) trim() {
-	tick := time.NewTicker(trimEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-t.quit:
-			return
-		case <-tick.C:
-			t.each(func(l *lane) {
-				if l.bulky.Load() {
-					l.post(l.trim)
-				}
-			})
-		}
+// trimLater has memory given back after a while. An idle process is not woken.
+func (t *threads) trimLater() {
+	if t.trimming.CompareAndSwap(false, true) {
+		time.AfterFunc(trimEvery, t.trim)
 	}
+}
+
+func (t *threads) trim() {
+	t.trimming.Store(false)
+	shared.Lock()
+	defer shared.Unlock()
+	if shared.threads != t {
+		return // ended meanwhile
+	}
+	t.each(func(l *lane) {
+		if l.bulky.Load() {
+			l.post(l.trim)
+		}
+	})
 }

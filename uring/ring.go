@@ -101,7 +101,6 @@ func newRing(size uint32) (*ring, error) {
 		return nil, setupError(errno)
 	}
 	r := &ring{fd: int(fd)}
-	unix.CloseOnExec(r.fd)
 	if p.features&(featSingleMmap|featNoDrop) != featSingleMmap|featNoDrop {
 		r.close()
 		return nil, fmt.Errorf("%w: io_uring lacks single mapping or lossless completions: Linux 6.14 has them", ErrNotSupported)
