@@ -339,6 +339,9 @@ func (f *File) quietly(write func() error) error {
 // power cut all of them would.
 func (f *File) Sketch() bool { return !f.plain.Load() || f.provisional.Load() }
 
+// FD is the upper file's descriptor, -1 if it has none. It holds the file's bytes only if the file is Plain.
+func (f *File) FD() int { return f.s.FD() }
+
 // Plain returns the upper file's descriptor if the file is an ordinary one, and so will stay.
 func (f *File) Plain() (fd int, ok bool) {
 	fd = f.s.FD()

@@ -205,17 +205,24 @@ func (e *Engine) fill(f *File) error {
 // settleRest settles whatever still waits when the engine has ended.
 func (e *Engine) settleRest() (first error) {
 	e.mu.Lock()
-	rest := e.waiting
+	var files []*File
+	for _, w := range e.waiting {
+		files = append(files, w.f)
+	}
 	e.waiting = nil
 	e.mu.Unlock()
 	for len(e.fills) > 0 {
-		rest = append(rest, waiting{f: <-e.fills})
+		files = append(files, <-e.fills)
 	}
-	for _, w := range rest {
-		if err := w.f.lastCommit(); err != nil && first == nil {
+	rest := e.settleWholes(files)
+	if len(rest) < len(files) && !e.opts.Volatile {
+		first = e.syncFS() // nobody comes later to whom it could be left
+	}
+	for _, f := range rest {
+		if err := f.lastCommit(); err != nil && first == nil {
 			first = err
 		}
-		e.settled(w.f)
+		e.settled(f)
 	}
 	return first
 }

@@ -122,6 +122,40 @@ func TestManyWholesSettleTogether(t *testing.T) {
 	}
 }
 
+// When the engine ends, the headers' removal is on disk as well.
+func TestManyWholesAtTheEnd(t *testing.T) {
+	e := newEngine(t, Options{SettleDelay: time.Hour})
+	var stores []*crashStore
+	e.SyncsWith(func() error {
+		for _, s := range stores {
+			if err := s.Sync(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	low := &memLower{data: testContent(5000), mtime: 5}
+	for range syncMany {
+		f, s := whole(t, e, low)
+		stores = append(stores, s)
+		f.Settle(func(f *File) {
+			if err := f.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if err := e.Close(); err != nil {
+		t.Error(err)
+	}
+	for _, s := range stores {
+		m := s.power()
+		if m.header != nil {
+			t.Error("a power cut after the end shows the lower file")
+		}
+		expectContent(t, newCrashStore(m), low.data)
+	}
+}
+
 // A file without a name is not put on disk by anybody but who asks for it.
 func TestNamelessIsNotCommitted(t *testing.T) {
 	e := newEngine(t, Options{SettleDelay: time.Millisecond, CommitInterval: 5 * time.Millisecond, CaW: CaWLazy})
