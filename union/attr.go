@@ -166,6 +166,7 @@ func (fs *FS) resize(n *Node, size int64, killPriv bool) error {
 // setMeta changes owner, mode and times of an upper object. A change of owner drops set-id bits, so it comes first. The
 // caller holds tree.
 func (fs *FS) setMeta(n *Node, s *SetAttr) error {
+	defer n.heritage.Store(nil)
 	return fs.withObject(n, func(o object) error {
 		if s.UID != nil || s.GID != nil {
 			if err := o.chown(orKeep(s.UID), orKeep(s.GID)); err != nil {
@@ -245,7 +246,7 @@ func (fs *FS) dropPriv(n *Node, kill bool) error {
 	})
 }
 
-// object reaches a node's upper object: by its path, or by its descriptor when it has no name left.
+// object reaches a node's upper object: by its descriptor where it is open, otherwise by its path.
 type object struct {
 	d    *layer.Dir
 	path string
@@ -257,6 +258,11 @@ type object struct {
 func (fs *FS) withObject(n *Node, do func(object) error) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if c := n.cur.Load(); c != nil && c.file != nil {
+		if fd := c.file.FD(); fd >= 0 { // shorter than any path
+			return do(object{d: fs.upper, fd: fd})
+		}
+	}
 	if n.upper && !n.dead {
 		d, path, err := fs.upperAt(n)
 		if !errors.Is(err, unix.ESTALE) { // ESTALE: it has names, but this mount has not looked them up

@@ -10,8 +10,8 @@ import (
 
 // Mkdir makes a directory.
 func (fs *FS) Mkdir(dir *Node, name string, mode uint32, c Cred) (*Node, error) {
-	return fs.create(dir, name, unix.S_IFDIR|mode, c, func(d *layer.Dir, path string, mode uint32) error {
-		return d.Mkdir(path, mode&0o7777)
+	return fs.create(dir, name, unix.S_IFDIR|mode, c, func(d *layer.Dir, path string, mode uint32) (int, error) {
+		return -1, d.Mkdir(path, mode&0o7777)
 	})
 }
 
@@ -24,25 +24,25 @@ func (fs *FS) Mknod(dir *Node, name string, mode, rdev uint32, c Cred) (*Node, e
 	if mode&unix.S_IFMT == 0 {
 		mode |= unix.S_IFREG
 	}
-	return fs.create(dir, name, mode, c, func(d *layer.Dir, path string, mode uint32) error {
-		return d.Mknod(path, mode, uint64(rdev))
+	return fs.create(dir, name, mode, c, func(d *layer.Dir, path string, mode uint32) (int, error) {
+		return -1, d.Mknod(path, mode, uint64(rdev))
 	})
 }
 
 // Symlink makes a symbolic link.
 func (fs *FS) Symlink(dir *Node, name, target string, c Cred) (*Node, error) {
 	c.Umask = 0
-	return fs.create(dir, name, unix.S_IFLNK|0o777, c, func(d *layer.Dir, path string, _ uint32) error {
-		return d.Symlink(target, path)
+	return fs.create(dir, name, unix.S_IFLNK|0o777, c, func(d *layer.Dir, path string, _ uint32) (int, error) {
+		return -1, d.Symlink(target, path)
 	})
 }
 
 // Create makes a regular file and opens it; without O_EXCL it opens the one that is there.
 func (fs *FS) Create(dir *Node, name string, flags, mode uint32, c Cred) (*Node, *Handle, error) {
 	fd := -1
-	n, err := fs.create(dir, name, unix.S_IFREG|mode&0o7777, c, func(d *layer.Dir, path string, mode uint32) (err error) {
+	n, err := fs.create(dir, name, unix.S_IFREG|mode&0o7777, c, func(d *layer.Dir, path string, mode uint32) (_ int, err error) {
 		fd, err = d.OpenFile(path, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR, mode&0o7777)
-		return err
+		return fd, err
 	})
 	if errors.Is(err, unix.EEXIST) && flags&unix.O_EXCL == 0 {
 		if n, err = fs.Lookup(dir, name); err != nil {
@@ -60,19 +60,12 @@ func (fs *FS) Create(dir *Node, name string, flags, mode uint32, c Cred) (*Node,
 		}
 		return nil, nil, err
 	}
-	h, err := fs.openNew(n, fd, flags)
-	if err != nil {
-		fs.Forget(n.id, 1)
-	}
-	return n, h, err
+	return n, fs.openNew(n, fd, flags), nil
 }
 
 // openNew opens a file that was just made, through the descriptor that made it.
-func (fs *FS) openNew(n *Node, fd int, flags uint32) (*Handle, error) {
-	f, err := fs.cfg.Engine.Open(fs.store(fd), fs.lowerOf(nil))
-	if err != nil {
-		return nil, err
-	}
+func (fs *FS) openNew(n *Node, fd int, flags uint32) *Handle {
+	f := fs.cfg.Engine.OpenOrdinary(fs.store(fd))
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.cur.Load() != nil { // somebody found the name and was faster
@@ -82,7 +75,7 @@ func (fs *FS) openNew(n *Node, fd int, flags uint32) (*Handle, error) {
 	}
 	n.hold()
 	n.opens++
-	return &Handle{n: n, flags: flags}, nil
+	return &Handle{n: n, flags: flags}
 }
 
 // Tmpfile makes a nameless file (O_TMPFILE), which Link may name.
@@ -96,11 +89,7 @@ func (fs *FS) Tmpfile(dir *Node, flags, mode uint32, c Cred) (*Node, *Handle, er
 	if err != nil {
 		return nil, nil, err
 	}
-	h, err := fs.openNew(n, fd, flags)
-	if err != nil {
-		fs.Forget(n.id, 1)
-	}
-	return n, h, err
+	return n, fs.openNew(n, fd, flags), nil
 }
 
 func (fs *FS) tmpfile(dir *Node, mode uint32, c Cred) (*Node, int, error) {
@@ -119,11 +108,7 @@ func (fs *FS) tmpfile(dir *Node, mode uint32, c Cred) (*Node, int, error) {
 	if err != nil {
 		return nil, -1, err
 	}
-	if err := o.apply(object{d: fs.upper, fd: fd}); err != nil {
-		unix.Close(fd)
-		return nil, -1, err
-	}
-	st, err := fs.upper.FStat(fd)
+	st, err := o.apply(object{d: fs.upper, fd: fd})
 	if err != nil {
 		unix.Close(fd)
 		return nil, -1, err
@@ -136,14 +121,27 @@ func (fs *FS) tmpfile(dir *Node, mode uint32, c Cred) (*Node, int, error) {
 	return n, fd, nil
 }
 
+// maker makes an object with a mode, and returns a descriptor of it or -1. EEXIST: something is there.
+type maker func(d *layer.Dir, path string, mode uint32) (fd int, err error)
+
 // create makes an object that is not there yet. Where a whiteout stands in its place the object is made in the workdir
 // and exchanged for it in one step: at no time does the hidden lower object show.
-func (fs *FS) create(dir *Node, name string, mode uint32, c Cred, make func(d *layer.Dir, path string, mode uint32) error) (*Node, error) {
+func (fs *FS) create(dir *Node, name string, mode uint32, c Cred, make maker) (*Node, error) {
 	if fs.upper == nil {
 		return nil, unix.EROFS
 	}
 	fs.tree.Lock()
 	defer fs.tree.Unlock()
+	if dir.upper && len(dir.stack) == 0 && !dir.dead {
+		// Whatever the name could be is in the upper layer, and then making another fails. What it is matters only then.
+		st, err := fs.makeHere(dir, name, mode, c, make)
+		if err == nil {
+			return fs.adoptMade(dir, name, st)
+		}
+		if !errors.Is(err, unix.EEXIST) {
+			return nil, err
+		}
+	}
 	f, err := fs.resolve(dir, name)
 	if err != nil {
 		return nil, err
@@ -154,26 +152,39 @@ func (fs *FS) create(dir *Node, name string, mode uint32, c Cred, make func(d *l
 	if err := fs.copyUpDir(dir); err != nil {
 		return nil, err
 	}
+	var st unix.Stat_t
+	if f.whiteout {
+		st, err = fs.replaceWhiteout(dir, name, mode, c, make)
+	} else {
+		st, err = fs.makeHere(dir, name, mode, c, make)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return fs.adoptMade(dir, name, st)
+}
+
+// makeHere makes an object where nothing is. The caller holds tree for writing.
+func (fs *FS) makeHere(dir *Node, name string, mode uint32, c Cred, make maker) (unix.Stat_t, error) {
 	parent := dir.path()
 	o, err := fs.ownership(dir, parent, mode, c)
 	if err != nil {
-		return nil, err
+		return unix.Stat_t{}, err
 	}
 	path := join(parent, name)
-	if f.whiteout {
-		err = fs.replaceWhiteout(dir, path, o, make)
-	} else if err = make(fs.upper, path, o.born()); err == nil {
-		if err = o.apply(object{d: fs.upper, path: path, fd: -1}); err != nil {
-			removeObject(fs.upper, path, mode)
-		}
-	}
+	fd, err := make(fs.upper, path, o.born())
 	if err != nil {
-		return nil, err
+		return unix.Stat_t{}, err
 	}
-	st, err := fs.upper.Stat(path)
+	st, err := o.apply(object{d: fs.upper, path: path, fd: fd})
 	if err != nil {
-		return nil, err
+		removeObject(fs.upper, path, mode)
 	}
+	return st, err
+}
+
+// adoptMade is adopt of an object that was just made.
+func (fs *FS) adoptMade(dir *Node, name string, st unix.Stat_t) (*Node, error) {
 	dir.list.Store(nil)
 	made := found{exists: true, upper: true, st: st, lpath: join(dir.lpath, name)}
 	return fs.adopt(dir, name, &made)
@@ -187,27 +198,33 @@ func removeObject(d *layer.Dir, path string, mode uint32) {
 	}
 }
 
-func (fs *FS) replaceWhiteout(dir *Node, path string, o ownership, make func(d *layer.Dir, path string, mode uint32) error) error {
-	tmp := fs.tmpName()
+func (fs *FS) replaceWhiteout(dir *Node, name string, mode uint32, c Cred, make maker) (st unix.Stat_t, err error) {
+	parent := dir.path()
+	o, err := fs.ownership(dir, parent, mode, c)
+	if err != nil {
+		return st, err
+	}
+	path, tmp := join(parent, name), fs.tmpName()
 	if o.acl { // a directory with the parent's default ACL, so that the new object inherits it
 		if err := fs.work.Mkdir(tmp, 0o700); err != nil {
-			return err
+			return st, err
 		}
 		holder := tmp
 		defer func() { fs.work.Rmdir(holder); fs.work.Invalidate(holder) }()
-		acl, err := fs.upper.Getxattr(dir.path(), aclDefault)
+		acl, err := fs.upper.Getxattr(parent, aclDefault)
 		if err == nil {
 			err = fs.work.Setxattr(tmp, aclDefault, acl, 0)
 		}
 		if err != nil {
-			return err
+			return st, err
 		}
 		tmp = join(tmp, "new")
 	}
-	if err := make(fs.work, tmp, o.born()); err != nil {
-		return err
+	fd, err := make(fs.work, tmp, o.born())
+	if err != nil {
+		return st, err
 	}
-	err := o.apply(object{d: fs.work, path: tmp, fd: -1})
+	st, err = o.apply(object{d: fs.work, path: tmp, fd: fd})
 	if err == nil && isDir(o.mode) {
 		if err = fs.setOpaque(fs.work, tmp); err == nil {
 			err = layer.Rename(fs.work, tmp, fs.upper, path, unix.RENAME_EXCHANGE)
@@ -215,7 +232,7 @@ func (fs *FS) replaceWhiteout(dir *Node, path string, o ownership, make func(d *
 		if err == nil {
 			fs.work.Invalidate(tmp)
 			fs.discardFile(tmp) // now the whiteout
-			return nil
+			return st, nil
 		}
 	} else if err == nil {
 		err = layer.Rename(fs.work, tmp, fs.upper, path, 0)
@@ -223,7 +240,7 @@ func (fs *FS) replaceWhiteout(dir *Node, path string, o ownership, make func(d *
 	if err != nil {
 		removeObject(fs.work, tmp, o.mode)
 	}
-	return err
+	return st, err
 }
 
 func (fs *FS) setOpaque(d *layer.Dir, path string) error {
@@ -239,20 +256,16 @@ type ownership struct {
 }
 
 func (fs *FS) ownership(dir *Node, parent string, mode uint32, c Cred) (ownership, error) {
-	acl, err := fs.hasDefaultACL(dir)
+	h, err := fs.heritageOf(dir, parent)
 	if err != nil {
 		return ownership{}, err
 	}
-	st, err := fs.upper.Stat(parent)
-	if err != nil {
-		return ownership{}, err
-	}
-	o := ownership{uid: c.UID, gid: c.GID, mode: mode, acl: acl}
-	if !acl {
+	o := ownership{uid: c.UID, gid: c.GID, mode: mode, acl: h.acl}
+	if !h.acl {
 		o.mode &^= c.Umask & 0o777
 	}
-	if st.Mode&unix.S_ISGID != 0 {
-		o.gid, o.inherit = st.Gid, true
+	if h.setGID {
+		o.gid, o.inherit = h.gid, true
 		if isDir(mode) {
 			o.mode |= unix.S_ISGID
 		}
@@ -264,25 +277,27 @@ func (fs *FS) ownership(dir *Node, parent string, mode uint32, c Cred) (ownershi
 // could leave a file that is set-id for the server's user.
 func (o *ownership) born() uint32 { return o.mode &^ (unix.S_ISUID | unix.S_ISGID) }
 
-// apply gives a new object its owner, and then its set-id bits.
-func (o *ownership) apply(u object) error {
+// apply gives a new object its owner, and then its set-id bits. It returns the object's attributes.
+func (o *ownership) apply(u object) (unix.Stat_t, error) {
 	special := o.mode & (unix.S_ISUID | unix.S_ISGID | unix.S_ISVTX)
 	isLink := o.mode&unix.S_IFMT == unix.S_IFLNK
 	st, err := u.stat()
 	if err != nil {
-		return err
+		return st, err
 	}
 	if st.Uid != o.uid || st.Gid != o.gid {
 		if err := u.chown(int(o.uid), int(o.gid)); err != nil {
-			return err
+			return st, err
 		}
 	} else if special == 0 || st.Mode&0o7000 == special || isLink {
-		return nil
+		return st, nil
 	}
-	if special == 0 || isLink { // a change of owner drops them, and mkdir takes no set-id bits
-		return nil
+	if special != 0 && !isLink { // a change of owner drops them, and mkdir takes no set-id bits
+		if err := u.chmod(st.Mode&0o777 | special); err != nil {
+			return st, err
+		}
 	}
-	return u.chmod(st.Mode&0o777 | special)
+	return u.stat()
 }
 
 // Link gives a file another name.

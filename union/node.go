@@ -51,8 +51,8 @@ type Node struct {
 	aux    any
 
 	list      atomic.Pointer[listing]
-	privClean atomic.Bool // known to carry neither set-id bits nor capabilities
-	defACL    atomic.Int32
+	privClean atomic.Bool              // known to carry neither set-id bits nor capabilities
+	heritage  atomic.Pointer[heritage] // of a directory; changes with tree held for reading, is asked with it held for writing
 }
 
 // lowerRef is an object of a lower layer.

@@ -138,35 +138,40 @@ func (fs *FS) changeXattr(n *Node, change func(object) error) error {
 	}
 	fs.tree.RLock()
 	defer fs.tree.RUnlock()
-	n.defACL.Store(aclUnknown)
+	defer n.heritage.Store(nil)
 	return fs.withObject(n, func(o object) error {
 		n.privClean.Store(false) // under the lock that dropPriv finds it clean under
 		return change(o)
 	})
 }
 
-// What is known of a directory's default ACL, which decides whether new objects get the umask or the ACL.
-const (
-	aclUnknown int32 = iota
-	aclNone
-	aclPresent
-)
+// heritage is what new objects get from their directory.
+type heritage struct {
+	acl    bool // a default ACL, which stands in for the umask
+	setGID bool
+	gid    uint32 // with setGID
+}
 
-// hasDefaultACL asks once. The caller holds tree, and the directory is in the upper layer.
-func (fs *FS) hasDefaultACL(dir *Node) (bool, error) {
-	if s := dir.defACL.Load(); s != aclUnknown {
-		return s == aclPresent, nil
+// heritageOf asks once, until the directory's attributes change. The caller holds tree for writing, and the directory is
+// in the upper layer at path.
+func (fs *FS) heritageOf(dir *Node, path string) (*heritage, error) {
+	if h := dir.heritage.Load(); h != nil {
+		return h, nil
 	}
-	_, err := fs.upper.Getxattr(dir.path(), aclDefault)
-	state := aclPresent
+	_, err := fs.upper.Getxattr(path, aclDefault)
+	h := &heritage{acl: err == nil}
 	if err != nil {
 		if e := errnoOf(err); e != unix.ENODATA && e != unix.EOPNOTSUPP {
-			return false, err
+			return nil, err
 		}
-		state = aclNone
 	}
-	dir.defACL.Store(state)
-	return state == aclPresent, nil
+	st, err := fs.upper.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	h.setGID, h.gid = st.Mode&unix.S_ISGID != 0, st.Gid
+	dir.heritage.Store(h)
+	return h, nil
 }
 
 const (
