@@ -84,8 +84,12 @@ func (e *Engine) settleLoop() {
 	}
 }
 
-// maxSettled files are settled in one go.
-const maxSettled = 1024
+const (
+	// maxSettled files are settled in one go.
+	maxSettled = 1024
+	// togetherPart: with a file whose time has come those are settled whose time comes within this part of the delay.
+	togetherPart = 8
+)
 
 // nextSettled takes the files that have to be settled now off the list; if there is none, wait says how long that stays
 // so, or until commitAt if that is sooner. Who puts a file on the list wakes the settler only if it would sleep too long:
@@ -97,10 +101,13 @@ func (e *Engine) nextSettled(commitAt time.Time) (files []*File, wait time.Durat
 	if e.closing {
 		return nil, 0, true
 	}
-	now, hurry := time.Now(), len(e.waiting) > maxWaiting
+	until, hurry := time.Now(), len(e.waiting) > maxWaiting
+	if len(e.waiting) > 0 && !e.waiting[0].at.After(until) {
+		until = until.Add(e.opts.SettleDelay / togetherPart)
+	}
 	for len(e.waiting) > 0 && len(files) < maxSettled {
 		first := e.waiting[0]
-		if first.at.After(now) && (first.again || !hurry) {
+		if first.at.After(until) && (first.again || !hurry) {
 			break
 		}
 		files = append(files, first.f)
