@@ -232,6 +232,8 @@ func (r *run) wanted(s *Scenario) []string {
 		})
 	case r.cfg.Mode == Quick && s.Quick != nil:
 		return s.Quick
+	case r.cfg.Mode == Full:
+		return append(slices.Clone(s.Contenders), s.More...)
 	}
 	return s.Contenders
 }
@@ -373,7 +375,7 @@ func (r *run) open() error {
 	if err := os.Mkdir(images, 0o755); err != nil {
 		return err
 	}
-	mnt, err := mountImage(r.ctx, images, r.cfg.Filesystem)
+	mnt, err := mountImage(r.ctx, images, r.cfg.Filesystem, cachedOnce)
 	if err != nil {
 		return errors.Join(why, err)
 	}

@@ -74,13 +74,13 @@ func Catalogue() []*Contender {
 		overlay("overlayfs", "kernel overlayfs", mainGround, report.Overlay),
 		overlay("overlayfs-volatile", "kernel overlayfs that never syncs, copy-ups included", mainGround, report.Rival, "volatile"),
 		overlay("overlayfs-metacopy", "kernel overlayfs that copies data up at the first open for writing, not when only metadata change", mainGround, report.Rival, "metacopy=on"),
-		overlay("overlayfs-xfs", "kernel overlayfs, lower and upper on XFS with reflinks (loop device): copies up by cloning", xfsGround, report.Rival),
+		overlay("overlayfs-xfs", "kernel overlayfs, lower and upper on XFS with reflinks (a loop device, so that blocks are cached twice): copies up by cloning", xfsGround, report.Rival),
 		{
 			Contender: report.Contender{Name: "fuse-overlayfs", Kind: report.Rival, Describes: "containers/fuse-overlayfs, a union in user space"},
 			kind:      union, system: rival.FuseOverlay, ground: mainGround, tools: []Tool{{"fuse-overlayfs", "fuse-overlayfs"}},
 		},
 		{
-			Contender: report.Contender{Name: "btrfs-snapshot", Kind: report.Rival, Describes: "a writable btrfs snapshot of the layer (loop device): no union at all"},
+			Contender: report.Contender{Name: "btrfs-snapshot", Kind: report.Rival, Describes: "a writable btrfs snapshot of the layer (a loop device, so that blocks are cached twice): no union at all"},
 			kind:      snapshot, ground: btrfsGround,
 		},
 		lamina("lamina", "Lamina as it mounts by default"),

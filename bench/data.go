@@ -20,10 +20,14 @@ const (
 const huge = "huge"
 
 // hugeSize is its size.
-func hugeSize(m Mode) int64 { return Pick[int64](m, 64*mib, 512*mib, 2*gib) }
+func hugeSize(m Mode) int64 { return Pick[int64](m, 64*mib, 256*mib, gib) }
 
 // hugeLayer holds one large file.
 func (l *Lab) hugeLayer() *Layer { return l.fileLayer(hugeSize(l.Mode())) }
+
+// hugeSpace is what scenarios on one large file need: the layer on three filesystems, a plain copy, a copy-up, and the
+// filesystems' own needs.
+func hugeSpace(size int64) int64 { return 6*size + gib }
 
 // fileLayer holds one file, huge, of a size.
 func (l *Lab) fileLayer(size int64) *Layer {

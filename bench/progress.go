@@ -57,7 +57,12 @@ func (p *progress) show(text string) {
 	if p.of > 0 {
 		at = fmt.Sprintf("%d/%d ", p.number, p.of)
 	}
-	fmt.Fprintf(p.w, "\r\x1b[K[%s] %s%s", p.elapsed(), at, text)
+	line := []rune(fmt.Sprintf("[%s] %s%s", p.elapsed(), at, text))
+	// A line that wraps could not be rewritten.
+	if size, err := unix.IoctlGetWinsize(int(p.w.(*os.File).Fd()), unix.TIOCGWINSZ); err == nil && size.Col > 0 && len(line) >= int(size.Col) {
+		line = line[:size.Col-1]
+	}
+	fmt.Fprintf(p.w, "\r\x1b[K%s", string(line))
 }
 
 // note is a line that stays.

@@ -20,8 +20,8 @@ type Scenario struct {
 	// Contenders are measured unless the user names others, in the order in which they are shown. Those that are absent
 	// are left out.
 	Contenders []string
-	// Quick are Contenders of a quick run; nil: all of them.
-	Quick []string
+	// Quick are Contenders of a quick run; nil: all of them. More are measured in a full run too.
+	Quick, More []string
 	// Tools are programs that the scenario runs, beside those of its contenders.
 	Tools []Tool
 	// Space is how many bytes of disk the scenario occupies at most, layers included, with all its contenders.

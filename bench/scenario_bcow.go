@@ -13,7 +13,7 @@ var bcow = Scenario{
 		"file; lamina-bcow appends them and finds them through a table of two levels, lamina-bcow-single of one.",
 	Contenders: []string{"plain", "overlayfs", "lamina", "lamina-bcow", "lamina-bcow-single"},
 	Quick:      []string{"lamina", "lamina-bcow", "lamina-bcow-single"},
-	Space:      hugeSpace,
+	Space:      func(m Mode) int64 { return hugeSpace(hugeSize(m)) },
 	Weight:     8,
 	Run:        runBCoW,
 }

@@ -25,13 +25,13 @@ var fio = Scenario{
 	Contenders: []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-xfs", "fuse-overlayfs", "lamina", "lamina-passthrough", "lamina-dev"},
 	Quick:      []string{"plain", "overlayfs", "lamina", "lamina-passthrough"},
 	Tools:      []Tool{{"fio", "fio"}},
-	Space:      func(m Mode) int64 { return 6*fioSize(m) + gib },
+	Space:      func(m Mode) int64 { return hugeSpace(fioSize(m)) },
 	Weight:     35,
 	Run:        runFio,
 }
 
 // fioSize is the lower file's size: large enough that fio's clock of milliseconds will do.
-func fioSize(m Mode) int64 { return max(128*mib, hugeSize(m)) }
+func fioSize(m Mode) int64 { return Pick[int64](m, 128*mib, 512*mib, gib) }
 
 // readers and writers are those whose reads, and writes, are not another's.
 var (

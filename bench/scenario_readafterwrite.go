@@ -14,7 +14,7 @@ var readAfterWrite = Scenario{
 		"dropped between writing and reading.",
 	Contenders: []string{"plain", "overlayfs", "overlayfs-xfs", "btrfs-snapshot", "lamina", "lamina-lazy", "lamina-dev"},
 	Quick:      []string{"plain", "overlayfs", "lamina", "lamina-lazy"},
-	Space:      hugeSpace,
+	Space:      func(m Mode) int64 { return hugeSpace(hugeSize(m)) },
 	Weight:     10,
 	Run:        runReadAfterWrite,
 }

@@ -11,7 +11,7 @@ var space = Scenario{
 	Describes: "n different blocks of 4 KiB of a large lower file are written, in random order. What the upper layer occupies is " +
 		"counted after unmounting: the blocks of its files, or what the filesystem grew by where files share blocks.",
 	Contenders: []string{"overlayfs", "overlayfs-xfs", "btrfs-snapshot", "lamina", "lamina-bcow", "lamina-bcow-single"},
-	Space:      hugeSpace,
+	Space:      func(m Mode) int64 { return hugeSpace(hugeSize(m)) },
 	Weight:     8,
 	Run:        runSpace,
 }
