@@ -87,17 +87,15 @@ func (u *Union) Command(name string, args ...string) error {
 	return err
 }
 
-// clientCPU is what this thread and all programs that have ended used of the CPU.
+// clientCPU is what this thread and all programs that have ended used of the CPU. The thread's clock is exact, where
+// getrusage(2) would count up to the last tick.
 func clientCPU() (time.Duration, error) {
-	var thread, children unix.Rusage
-	if err := errors.Join(unix.Getrusage(unix.RUSAGE_THREAD, &thread), unix.Getrusage(unix.RUSAGE_CHILDREN, &children)); err != nil {
-		return 0, fmt.Errorf("getrusage: %w", err)
+	var thread unix.Timespec
+	var children unix.Rusage
+	if err := errors.Join(unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &thread), unix.Getrusage(unix.RUSAGE_CHILDREN, &children)); err != nil {
+		return 0, fmt.Errorf("CPU time: %w", err)
 	}
-	return cpuOf(&thread) + cpuOf(&children), nil
-}
-
-func cpuOf(r *unix.Rusage) time.Duration {
-	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
+	return time.Duration(thread.Nano() + children.Utime.Nano() + children.Stime.Nano()), nil
 }
 
 // processCPU is what a process has used of the CPU with all its threads, 0 for pid 0. Its clock has the number that
