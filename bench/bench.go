@@ -33,6 +33,8 @@ type Config struct {
 	Scenarios  []string  // names; none: all
 	Contenders []string  // names; none: each scenario's own choice
 	Progress   io.Writer // a line of what is being done, rewritten if it is a terminal; nil: silence
+
+	patience time.Duration // see Lab.patience; 0: the mode's
 }
 
 // total is the time that a whole run of a mode takes.

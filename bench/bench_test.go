@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -218,6 +219,21 @@ func TestContenderFails(t *testing.T) {
 	wantFailed(t, o, "first", "overlayfs", "the test's own trouble")
 	wantFailed(t, o, "first", "lamina-dev", "tree/file: ")
 	wantMeasured(t, o, "second", "plain", "overlayfs", "lamina", "lamina-dev")
+}
+
+// A server that does not answer any more holds nothing up for ever.
+func TestContenderHangs(t *testing.T) {
+	dir := t.TempDir()
+	o := bench(t, t.Context(), Config{Dir: dir, patience: 2 * time.Second}, tiny("tiny", func(l *Lab, u *Union) error {
+		if u.Contender.Name == "lamina-dev" {
+			if err := unix.Kill(u.Server(), unix.SIGSTOP); err != nil {
+				return err
+			}
+		}
+		return writeByte(l, u)
+	}))
+	wantMeasured(t, o, "tiny", "plain", "overlayfs", "lamina")
+	wantFailed(t, o, "tiny", "lamina-dev", "given up after 2s")
 }
 
 // What is not there is named with its reason; the rest runs.

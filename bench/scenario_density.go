@@ -101,7 +101,12 @@ type crowd struct {
 func crowdOf(l *Lab, c *Contender, layer *Layer, n int, m *densityMetrics) (err error) {
 	l.Progress("%d mounts", n)
 	var cr crowd
+	late := false
+	watch := l.watch(func(timeUp bool) { late = timeUp; l.abortBelow(l.grounds[c.ground].dir) })
 	defer func() {
+		if watch(); late {
+			err = errors.Join(fmt.Errorf("given up after %v", l.patience()), err)
+		}
 		for _, f := range slices.Backward(cr.end) {
 			err = errors.Join(err, f())
 		}

@@ -72,6 +72,13 @@ func (l *Lab) On(c *Contender, s Setup, f func(u *Union) error) (err error) {
 			err = errors.Join(err, u.remove(s))
 		}
 	}()
+	late := false
+	watch := l.watch(func(timeUp bool) { late = timeUp; u.abort() })
+	defer func() {
+		if watch(); late {
+			err = errors.Join(fmt.Errorf("given up after %v", l.patience()), err)
+		}
+	}()
 	if err := u.Up(); err != nil {
 		return err
 	}
@@ -79,6 +86,49 @@ func (l *Lab) On(c *Contender, s Setup, f func(u *Union) error) (err error) {
 		return err
 	}
 	return u.Down()
+}
+
+// patience is how long one contender may be busy with one thing before it is taken for hung.
+func (l *Lab) patience() time.Duration {
+	if l.cfg.patience > 0 {
+		return l.cfg.patience
+	}
+	return Pick(l.Mode(), 2*time.Minute, 10*time.Minute, 30*time.Minute)
+}
+
+// watch calls abort when patience or the run ends before stop is called; stop returns when abort will not be called any
+// more.
+func (l *Lab) watch(abort func(timeUp bool)) (stop func()) {
+	done, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		timer := time.NewTimer(l.patience())
+		defer timer.Stop()
+		select {
+		case <-done:
+		case <-timer.C:
+			abort(true)
+		case <-l.ctx.Done():
+			abort(false)
+		}
+	}()
+	return func() { close(done); <-stopped }
+}
+
+// abortBelow is abort for everything that is mounted below a directory.
+func (l *Lab) abortBelow(dir string) {
+	mounts, _ := rival.MountsBelow(dir)
+	for _, m := range mounts {
+		_ = unix.Unmount(m, unix.MNT_FORCE)
+	}
+}
+
+// abort makes whoever waits for a server's answer wait no longer. What serves itself, the kernel, cannot hang like that.
+func (u *Union) abort() {
+	if u.Contender.system == rival.Overlay || u.Contender.kind == plainCopy || u.Contender.kind == snapshot {
+		return
+	}
+	_ = unix.Unmount(u.Dir, unix.MNT_FORCE) // it is in use, and stays; its connection is gone
 }
 
 // prepare makes the directories of a contender.
