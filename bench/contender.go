@@ -37,12 +37,6 @@ type Contender struct {
 // IsLamina tells whether it is a variant of this program.
 func (c *Contender) IsLamina() bool { return c.Kind == report.Lamina }
 
-// IsUnion tells whether it is a union filesystem, as opposed to plain files, a snapshot or a floor.
-func (c *Contender) IsUnion() bool { return c.kind == union }
-
-// Plain tells whether it is plain files.
-func (c *Contender) Plain() bool { return c.kind == plainCopy }
-
 // Catalogue is every contender with a name of its own.
 func Catalogue() []*Contender {
 	overlay := func(name, describes string, ground groundName, kind report.Kind, options ...string) *Contender {

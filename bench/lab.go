@@ -226,14 +226,9 @@ func (ly *Layer) Warm(c *Contender, names ...string) error {
 }
 
 // DropCaches writes everything out and empties the page cache, of the whole machine.
-func (l *Lab) DropCaches() error { return dropCaches("1") }
-
-// DropNames empties the page cache and forgets names and inodes too.
-func (l *Lab) DropNames() error { return dropCaches("3") }
-
-func dropCaches(what string) error {
+func (l *Lab) DropCaches() error {
 	unix.Sync()
-	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte(what), 0); err != nil {
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("1"), 0); err != nil {
 		return fmt.Errorf("dropping the page cache needs root of the host: %w", err)
 	}
 	return nil

@@ -384,7 +384,7 @@ func (u *Union) PeakMemory() (int64, error) {
 // Server is the pid of the server process, 0 without one.
 func (u *Union) Server() int { return u.server }
 
-// Native, Overlay and Floor are the contenders of the references.
+// reference is the first contender of a kind, nil without any.
 func (l *Lab) reference(k report.Kind) *Contender {
 	for _, c := range l.contenders {
 		if c.Kind == k {
