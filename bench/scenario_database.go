@@ -26,12 +26,12 @@ var database = Scenario{
 	Title: "A database that comes with the image",
 	Describes: "A lower layer holds a database: a file of SQLite, or the data directory of MariaDB with one table that is most " +
 		"of it (1 GiB each in a full run). With nothing in memory a container starts: the time to its first answered query, which " +
-		"updates a row, the server's own start included; then transactions for some seconds, each of them on the disk before it is " +
+		"updates a row, the server's own start included; then transactions for some seconds, each on the disk before it is " +
 		"acknowledged: SQLite with its rollback journal and with its write-ahead log, MariaDB under sysbench's oltp_read_write with 4 threads. Steady state is the " +
 		"median over the second half. MariaDB's settings are its own defaults, a buffer pool of 128 MiB among them.",
 	Contenders: []string{"plain", "overlayfs", "overlayfs-volatile", "fuse-overlayfs", "lamina", "lamina-dev"},
 	Quick:      []string{"plain", "overlayfs", "fuse-overlayfs", "lamina"},
-	Tools:      []Tool{{"sqlite3", "sqlite3"}, {"mariadbd", "mariadb-server"}, {"mariadb-install-db", "mariadb-server"}, {"mariadb", "mariadb-client"}, {"sysbench", "sysbench"}},
+	Tools:      []Tool{{"sqlite3", "sqlite3"}, {"mariadbd", "mariadb-server-core"}, {"mariadb-install-db", "mariadb-server-core"}, {"mariadb", "mariadb-client-core"}, {"sysbench", "sysbench"}, {"setpriv", "util-linux"}},
 	// Of each database: the layer, the plain copy, a whole copy-up, journals.
 	Space:  func(m Mode) int64 { return databaseSize(m)*4 + 2*gib },
 	Weight: 26,
@@ -48,37 +48,58 @@ const (
 	caseMariaDB   = "MariaDB"
 )
 
-// databaseMetrics are the questions of the scenario.
-type databaseMetrics struct {
+// databases measures two of them, of a size, for a time.
+type databases struct {
+	*Lab
+	size                           int64         // of each, in bytes
+	load                           time.Duration // of MariaDB's transactions, and of SQLite's in its two modes together
 	first, steady, overTime, upper *Metric
+	sockets                        string // directory of MariaDB's
 }
 
 func runDatabase(l *Lab) error {
-	m := databaseMetrics{
+	return runDatabases(l, databaseSize(l.Mode()), Pick(l.Mode(), 4*time.Second, 12*time.Second, 30*time.Second))
+}
+
+func runDatabases(l *Lab, size int64, load time.Duration) error {
+	d := &databases{
+		Lab: l, size: size, load: load,
 		first:  l.Metric(report.Metric{Name: "time to the first query", Unit: report.Seconds, LessIsBetter: true, Log: true}),
 		steady: l.Metric(report.Metric{Name: "transactions a second, steady", Unit: report.PerSecond}),
 		overTime: l.Metric(report.Metric{Name: "MariaDB's transactions a second since its first query", Unit: report.PerSecond,
 			Chart: report.Lines, XName: "seconds", Aside: true}),
 		upper: l.Metric(report.Metric{Name: "upper layer afterwards", Unit: report.Bytes, LessIsBetter: true, Log: true}),
 	}
-	err := runSQLite(l, &m)
-	if l.ctx.Err() == nil {
-		err = errors.Join(err, runMariaDB(l, &m))
+	turns := []func(c *Contender) error{d.sqliteTurn}
+	leave, err := d.prepareMariaDB()
+	if err == nil {
+		turns = append(turns, d.mariaTurn)
 	}
-	if d := l.Default(); d != nil {
-		size := fmt.Sprintf("%d MiB of data", databaseSize(l.Mode())/mib)
-		for _, k := range []string{caseSQLite, caseMariaDB} {
-			m.first.RatioAtLeast(k+", "+size+": x faster to the first query than overlayfs", Of{"overlayfs", k}, Of{d.Name, k}, 5)
+	err = errors.Join(err, l.Rounds(func(c *Contender) error {
+		for _, turn := range turns {
+			if err := turn(c); err != nil {
+				return err
+			}
 		}
-		for _, k := range []string{caseSQLite, caseSQLiteWAL, caseMariaDB} {
-			m.steady.RatioAtLeast(k+": x overlayfs's transactions a second after its copy-up", Of{d.Name, k}, Of{"overlayfs", k}, 0.9)
-		}
-	}
-	return err
+		return nil
+	}))
+	d.figures()
+	return errors.Join(err, leave(), l.Drop(d.sqliteLayer()), l.Drop(d.mariaLayer()))
 }
 
-// load is how long transactions of one kind are measured.
-func load(m Mode) time.Duration { return Pick(m, 3*time.Second, 10*time.Second, 30*time.Second) }
+func (d *databases) figures() {
+	lamina := d.Default()
+	if lamina == nil {
+		return
+	}
+	for _, k := range []string{caseSQLite, caseMariaDB} {
+		d.first.RatioAtLeast(fmt.Sprintf("x faster than overlayfs to the first query: %s, %d MiB of data", k, d.size/mib),
+			Of{"overlayfs", k}, Of{lamina.Name, k}, 5)
+	}
+	for _, k := range []string{caseSQLite, caseSQLiteWAL, caseMariaDB} {
+		d.steady.RatioAtLeast("x overlayfs's transactions a second, its copy-up done: "+k, Of{lamina.Name, k}, Of{"overlayfs", k}, 0.9)
+	}
+}
 
 // SQLite.
 
@@ -88,53 +109,53 @@ const (
 	sqliteBatch = 100 // transactions that one run of the program does
 )
 
-func sqliteRows(m Mode) int64 { return databaseSize(m) / 1000 } // a row with its overhead takes about a kilobyte
+// sqliteRows is how many rows make the size: each takes about a kilobyte with its overhead.
+func (d *databases) sqliteRows() int64 { return d.size / 1000 }
 
-func runSQLite(l *Lab, m *databaseMetrics) error {
-	rows := sqliteRows(l.Mode())
-	layer := l.Layer("sqlite", func(ctx context.Context, dir string) error {
+func (d *databases) sqliteLayer() *Layer {
+	return d.Layer("sqlite", func(ctx context.Context, dir string) error {
 		_, err := rival.Run(ctx, "sqlite3", "-bail", filepath.Join(dir, sqliteFile), fmt.Sprintf(
 			`CREATE TABLE t(id INTEGER PRIMARY KEY, v BLOB);
-			WITH RECURSIVE n(i) AS (VALUES(1) UNION ALL SELECT i+1 FROM n WHERE i < %d) INSERT INTO t SELECT i, randomblob(%d) FROM n;`, rows, sqliteRow))
+			WITH RECURSIVE n(i) AS (VALUES(1) UNION ALL SELECT i+1 FROM n WHERE i < %d) INSERT INTO t SELECT i, randomblob(%d) FROM n;`,
+			d.sqliteRows(), sqliteRow))
 		return err
 	})
-	update := fmt.Sprintf("UPDATE t SET v = randomblob(%d) WHERE id = abs(random() %% %d) + 1;\n", sqliteRow, rows)
-	err := l.Rounds(func(c *Contender) error {
-		return l.On(c, Setup{Layer: layer}, func(u *Union) error { return sqliteOn(u, update, m) })
-	})
-	return errors.Join(err, l.Drop(layer))
 }
 
-func sqliteOn(u *Union, update string, m *databaseMetrics) error {
-	if err := u.lab.DropCaches(); err != nil {
+func (d *databases) sqliteTurn(c *Contender) error {
+	return d.On(c, Setup{Layer: d.sqliteLayer()}, d.sqliteOn)
+}
+
+func (d *databases) sqliteOn(u *Union) error {
+	if err := d.DropCaches(); err != nil {
 		return err
 	}
 	sql := func(text string) error { return u.Command("sqlite3", "-bail", u.Path(sqliteFile), text) }
-	u.lab.Progress("SQLite's first query")
+	update := fmt.Sprintf("UPDATE t SET v = randomblob(%d) WHERE id = abs(random() %% %d) + 1;\n", sqliteRow, d.sqliteRows())
+	d.Progress("SQLite's first query")
 	first, err := u.Time(func() error { return sql(update + "SELECT count(*) FROM t WHERE id < 10;") })
 	if err != nil {
 		return err
 	}
-	m.first.Add(u.Contender, caseSQLite, first.InSeconds())
-
+	d.first.Add(u.Contender, caseSQLite, first.InSeconds())
 	for _, journal := range []struct{ mode, name string }{{"delete", caseSQLite}, {"wal", caseSQLiteWAL}} {
-		u.lab.Progress("%s: transactions", journal.name)
+		d.Progress("%s: transactions", journal.name)
 		if err := sql("PRAGMA journal_mode = " + journal.mode); err != nil {
 			return err
 		}
-		steady, err := sqliteLoad(u, func() error { return sql(strings.Repeat(update, sqliteBatch)) })
+		steady, err := batches(u, d.load/2, func() error { return sql(strings.Repeat(update, sqliteBatch)) })
 		if err != nil {
 			return err
 		}
-		m.steady.Add(u.Contender, journal.name, steady)
+		d.steady.Add(u.Contender, journal.name, steady)
 	}
-	return u.addUpper(m.upper, caseSQLite)
+	return d.addUpper(u, caseSQLite)
 }
 
-// sqliteLoad runs batches of transactions for the load's time.
-func sqliteLoad(u *Union, batch func() error) (Sample, error) {
+// batches runs a batch of transactions again and again for a time, and twice at least.
+func batches(u *Union, load time.Duration, batch func() error) (Sample, error) {
 	var rates []Sample
-	for began := time.Now(); time.Since(began) < load(u.lab.Mode()) || len(rates) < 2; {
+	for began := time.Now(); time.Since(began) < load || len(rates) < 2; {
 		s, err := u.Time(batch)
 		if err != nil {
 			return s, err
@@ -159,7 +180,7 @@ func secondHalf(s []Sample) Sample {
 }
 
 // addUpper samples what the upper layer takes on the disk.
-func (u *Union) addUpper(m *Metric, name string) error {
+func (d *databases) addUpper(u *Union, name string) error {
 	if u.Upper == "" {
 		return nil
 	}
@@ -170,69 +191,71 @@ func (u *Union) addUpper(m *Metric, name string) error {
 	if err != nil {
 		return err
 	}
-	m.Add(u.Contender, name, Sample{Value: float64(n), Allocated: n})
+	d.upper.Add(u.Contender, name, Sample{Value: float64(n), Allocated: n})
 	return nil
 }
 
 // MariaDB.
 
 const (
-	mariaData    = "data"  // the data directory, below the layer
-	mariaUser    = "mysql" // who it belongs to; mariadbd refuses to run as root unless told to
+	mariaData    = "data" // the data directory, below the layer
+	mariaRow     = 240    // bytes that a row of sysbench's table takes, its index included
 	mariaThreads = 4
 )
 
-// A row of sysbench's table takes 240 bytes, its index included.
-func mariaRows(m Mode) int64 { return databaseSize(m) / 240 }
+func (d *databases) mariaRows() int64 { return d.size / mariaRow }
 
-func runMariaDB(l *Lab, m *databaseMetrics) error {
-	owner, err := mariaOwner()
-	if err != nil {
-		return err
-	}
-	unlock, err := letIn(l.scratch, owner)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	sockets, err := os.MkdirTemp(l.scratch, "db.")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(sockets)
-	if err := os.Chown(sockets, owner.uid, owner.gid); err != nil {
-		return err
-	}
-	rows := mariaRows(l.Mode())
-	layer := l.Layer("mariadb", func(ctx context.Context, dir string) error { return fillMariaDB(ctx, dir, sockets, owner, rows) })
-	for _, c := range l.Contenders() { // what fails here fails for all, and is said once
-		if _, err := layer.At(c); err != nil {
-			return err
-		}
-	}
-	err = l.Rounds(func(c *Contender) error {
-		return l.On(c, Setup{Layer: layer}, func(u *Union) error { return mariaOn(u, sockets, rows, m) })
-	})
-	return errors.Join(err, l.Drop(layer))
+func (d *databases) mariaLayer() *Layer {
+	return d.Layer("mariadb", func(ctx context.Context, dir string) error { return fillMariaDB(ctx, dir, d.sockets, d.mariaRows()) })
 }
 
-func mariaOn(u *Union, sockets string, rows int64, m *databaseMetrics) (err error) {
-	if err := u.lab.DropCaches(); err != nil {
+// prepareMariaDB makes the data directory and a place for sockets. What fails here fails for every contender, and is said
+// once. leave is called when all is over, also after an error.
+func (d *databases) prepareMariaDB() (leave func() error, err error) {
+	leave = func() error { return nil }
+	who, err := unprivileged()
+	if err != nil {
+		return leave, err
+	}
+	lock, err := letIn(d.scratch, who)
+	if err != nil {
+		return leave, err
+	}
+	leave = func() error { return errors.Join(os.RemoveAll(d.sockets), lock()) }
+	if d.sockets, err = os.MkdirTemp(d.scratch, "db."); err != nil {
+		return leave, err
+	}
+	if err := os.Chown(d.sockets, int(who.Uid), int(who.Gid)); err != nil {
+		return leave, err
+	}
+	for _, c := range d.Contenders() {
+		if _, err := d.mariaLayer().At(c); err != nil {
+			return leave, err
+		}
+	}
+	return leave, nil
+}
+
+func (d *databases) mariaTurn(c *Contender) error {
+	return d.On(c, Setup{Layer: d.mariaLayer()}, d.mariaOn)
+}
+
+func (d *databases) mariaOn(u *Union) error {
+	if err := d.DropCaches(); err != nil {
 		return err
 	}
-	ctx := u.lab.ctx
 	var db *mariaDB
 	defer func() {
 		if db != nil {
-			err = errors.Join(err, db.stop())
+			db.kill()
 		}
 	}()
-	u.lab.Progress("MariaDB's first query")
-	first, err := u.Time(func() error {
-		if db, err = startMariaDB(ctx, u.Path(mariaData), sockets); err != nil {
+	d.Progress("MariaDB's first query")
+	first, err := u.Time(func() (err error) {
+		if db, err = startMariaDB(d.ctx, u.Path(mariaData), d.sockets); err != nil {
 			return err
 		}
-		return db.query(ctx, "UPDATE sbtest.sbtest1 SET k = k + 1 WHERE id = 1; SELECT k FROM sbtest.sbtest1 WHERE id = 1;")
+		return db.query(d.ctx, "UPDATE sbtest.sbtest1 SET k = k + 1 WHERE id = 1; SELECT k FROM sbtest.sbtest1 WHERE id = 1;")
 	})
 	if err != nil {
 		return err
@@ -242,70 +265,86 @@ func mariaOn(u *Union, sockets string, rows int64, m *databaseMetrics) (err erro
 		return err
 	}
 	first.ClientCPU += spent.Seconds()
-	m.first.Add(u.Contender, caseMariaDB, first.InSeconds())
+	d.first.Add(u.Contender, caseMariaDB, first.InSeconds())
 
-	u.lab.Progress("MariaDB's transactions")
-	seconds, err := db.sysbench(ctx, rows, load(u.lab.Mode()))
+	d.Progress("MariaDB's transactions")
+	seconds, err := db.sysbench(d.ctx, d.mariaRows(), d.load)
 	if err != nil {
 		return err
 	}
 	var rates []Sample
 	for i, tps := range seconds {
-		m.overTime.AddX(u.Contender, float64(i+1), Sample{Value: tps})
+		d.overTime.AddX(u.Contender, float64(i+1), Sample{Value: tps})
 		rates = append(rates, Sample{Value: tps})
 	}
-	m.steady.Add(u.Contender, caseMariaDB, secondHalf(rates))
-	stopping := db
-	db = nil
-	if err := stopping.stop(); err != nil {
+	d.steady.Add(u.Contender, caseMariaDB, secondHalf(rates))
+	if err := db.stop(); err != nil {
 		return err
 	}
-	return u.addUpper(m.upper, caseMariaDB)
+	return d.addUpper(u, caseMariaDB)
 }
 
-type owner struct{ uid, gid int }
-
-// mariaOwner is the user that Debian's package makes.
-func mariaOwner() (owner, error) {
-	u, err := user.Lookup(mariaUser)
+// unprivileged is the user that MariaDB runs as: the one of Debian's package or, where only the program is installed,
+// nobody.
+func unprivileged() (*syscall.Credential, error) {
+	u, err := user.Lookup("mysql")
 	if err != nil {
-		return owner{}, fmt.Errorf("MariaDB runs as the user %s: %w: package mariadb-server makes it", mariaUser, err)
+		u, err = user.Lookup("nobody")
 	}
-	uid, err1 := strconv.Atoi(u.Uid)
-	gid, err2 := strconv.Atoi(u.Gid)
-	return owner{uid, gid}, errors.Join(err1, err2)
+	if err != nil {
+		return nil, fmt.Errorf("MariaDB does not run as root: %w", err)
+	}
+	uid, err1 := strconv.ParseUint(u.Uid, 10, 32)
+	gid, err2 := strconv.ParseUint(u.Gid, 10, 32)
+	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, errors.Join(err1, err2)
 }
 
-// letIn lets others pass through dir, without seeing what is in it, until unlock is called. That they come as far as dir is
-// up to the user.
-func letIn(dir string, who owner) (unlock func(), err error) {
+// letIn lets a user pass through dir, without seeing what is in it, until lock is called. That they come as far as dir is
+// up to whoever chose it.
+func letIn(dir string, who *syscall.Credential) (lock func() error, err error) {
 	for parent := filepath.Dir(dir); parent != "/"; parent = filepath.Dir(parent) {
 		var st unix.Stat_t
 		if err := unix.Stat(parent, &st); err != nil {
 			return nil, err
 		}
-		may := st.Mode&0o001 != 0 || int(st.Gid) == who.gid && st.Mode&0o010 != 0 || int(st.Uid) == who.uid && st.Mode&0o100 != 0
-		if !may {
-			return nil, fmt.Errorf("%s cannot be entered by the user %s, as whom MariaDB runs: choose another --dir", parent, mariaUser)
+		may := st.Mode & 0o001
+		switch {
+		case st.Uid == who.Uid:
+			may = st.Mode & 0o100
+		case st.Gid == who.Gid:
+			may = st.Mode & 0o010
+		}
+		if may == 0 {
+			return nil, fmt.Errorf("%s cannot be entered by the user %d, as whom MariaDB runs: choose another --dir", parent, who.Uid)
 		}
 	}
 	st, err := os.Stat(dir)
 	if err != nil {
 		return nil, err
 	}
-	return func() { _ = os.Chmod(dir, st.Mode().Perm()) }, os.Chmod(dir, st.Mode().Perm()|0o011)
+	return func() error { return os.Chmod(dir, st.Mode().Perm()) }, os.Chmod(dir, st.Mode().Perm()|0o011)
 }
 
-// fillMariaDB makes a data directory with sysbench's table of so many rows in it.
-func fillMariaDB(ctx context.Context, dir, sockets string, who owner, rows int64) (err error) {
-	data := filepath.Join(dir, mariaData)
-	if err := errors.Join(os.Mkdir(data, 0o755), os.Chown(data, who.uid, who.gid)); err != nil {
+// fillMariaDB makes a data directory with sysbench's table of so many rows in it. sockets belongs to the user that the
+// server runs as.
+func fillMariaDB(ctx context.Context, dir, sockets string, rows int64) error {
+	who, err := ownerOf(sockets)
+	if err != nil {
 		return err
 	}
-	out, err := rival.Run(ctx, "env", "TMPDIR="+sockets, "mariadb-install-db", "--no-defaults", "--user="+mariaUser, "--datadir="+data,
+	data := filepath.Join(dir, mariaData)
+	if err := os.Mkdir(data, 0o755); err != nil {
+		return err
+	}
+	if err := os.Chown(data, int(who.Uid), int(who.Gid)); err != nil {
+		return err
+	}
+	// Run as root, it would change the owners of files of the installation too.
+	out, err := rival.Run(ctx, "setpriv", fmt.Sprintf("--reuid=%d", who.Uid), fmt.Sprintf("--regid=%d", who.Gid), "--clear-groups",
+		"env", "TMPDIR="+sockets, "HOME="+sockets, "mariadb-install-db", "--no-defaults", "--datadir="+data,
 		"--auth-root-authentication-method=normal", "--skip-test-db")
 	if err != nil {
-		return fmt.Errorf("mariadb-install-db: %s", complaint(out+err.Error()))
+		return fmt.Errorf("mariadb-install-db: %s: %w", complaint(out), err)
 	}
 	// Loading need not survive a crash. Identities without gaps, as sysbench asks for all of them.
 	db, err := startMariaDB(ctx, data, sockets, "--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0",
@@ -313,7 +352,7 @@ func fillMariaDB(ctx context.Context, dir, sockets string, who owner, rows int64
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, db.stop()) }()
+	defer db.kill()
 	if err := db.query(ctx, "CREATE DATABASE sbtest"); err != nil {
 		return err
 	}
@@ -332,27 +371,40 @@ func fillMariaDB(ctx context.Context, dir, sockets string, who owner, rows int64
 		}
 		have += more
 	}
-	return nil
+	return db.stop()
+}
+
+func ownerOf(path string) (*syscall.Credential, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return &syscall.Credential{Uid: st.Uid, Gid: st.Gid}, nil
 }
 
 // mariaDB is a running server. It is ended by its own id, whatever else runs on the machine.
 type mariaDB struct {
 	cmd    *exec.Cmd
 	socket string
-	log    bytes.Buffer // not to be read before gone
-	gone   chan struct{}
-	err    error // of its exit; not to be read before gone
+	log    bytes.Buffer  // not to be read before gone
+	gone   chan struct{} // closed when it has exited
+	err    error         // of its exit; not to be read before gone
 }
 
-// startMariaDB returns when the server takes connections: on a socket in the directory sockets, nowhere else.
+// startMariaDB returns when the server takes connections: on a socket in the directory sockets, nowhere else. It runs as
+// the owner of that directory.
 func startMariaDB(ctx context.Context, data, sockets string, options ...string) (*mariaDB, error) {
+	who, err := ownerOf(sockets)
+	if err != nil {
+		return nil, err
+	}
 	db := &mariaDB{socket: filepath.Join(sockets, "db.sock"), gone: make(chan struct{})}
-	args := append([]string{"--no-defaults", "--user=" + mariaUser, "--datadir=" + data, "--socket=" + db.socket,
+	args := append([]string{"--no-defaults", "--datadir=" + data, "--socket=" + db.socket,
 		"--pid-file=" + filepath.Join(sockets, "pid"), "--tmpdir=" + sockets, "--skip-networking", "--skip-log-bin"}, options...)
 	db.cmd = exec.Command("mariadbd", args...)
 	db.cmd.Stdout, db.cmd.Stderr = &db.log, &db.log
 	// In a process group of its own a Ctrl-C reaches us alone, and we stop it in order.
-	db.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	db.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: who}
 	if err := db.cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -365,7 +417,8 @@ func startMariaDB(ctx context.Context, data, sockets string, options ...string) 
 		case <-db.gone:
 			return nil, fmt.Errorf("mariadbd ended before it took connections: %w: %s", db.err, complaint(db.log.String()))
 		case <-ctx.Done():
-			return nil, errors.Join(ctx.Err(), db.stop())
+			db.kill()
+			return nil, ctx.Err()
 		case <-time.After(time.Millisecond):
 		}
 	}
@@ -400,10 +453,16 @@ func (db *mariaDB) stop() error {
 		}
 		return nil
 	case <-time.After(patience):
+		db.kill()
+		return fmt.Errorf("mariadbd did not shut down in %v, and was killed: %s", patience, complaint(db.log.String()))
 	}
-	err := db.cmd.Process.Kill()
+}
+
+// kill ends the server, if it has not ended yet, without regard for its data, which nobody will read again. A server that
+// is still starting may not listen to anything gentler.
+func (db *mariaDB) kill() {
+	_ = db.cmd.Process.Kill() // an error says that it is gone
 	<-db.gone
-	return errors.Join(fmt.Errorf("mariadbd did not shut down in %v, and was killed: %s", patience, complaint(db.log.String())), err)
 }
 
 // query runs SQL statements.
@@ -419,16 +478,21 @@ func (db *mariaDB) sysbenchArgs(rows int64) []string {
 
 // sysbench returns the transactions of each second.
 func (db *mariaDB) sysbench(ctx context.Context, rows int64, d time.Duration) ([]float64, error) {
-	args := append(db.sysbenchArgs(rows), "--threads="+strconv.Itoa(mariaThreads), "--time="+strconv.Itoa(int(d.Seconds())), "--report-interval=1", "run")
+	seconds := int(d.Seconds())
+	// It does not always report the last one.
+	args := append(db.sysbenchArgs(rows), "--threads="+strconv.Itoa(mariaThreads), "--time="+strconv.Itoa(seconds+1), "--report-interval=1", "run")
 	out, err := rival.Run(ctx, "sysbench", args...)
 	if err != nil {
 		return nil, err
 	}
 	rates, err := sysbenchRates(out)
-	if err == nil && len(rates) == 0 {
-		err = fmt.Errorf("sysbench reported no second: %s", out)
+	if err == nil && len(rates) < seconds {
+		err = fmt.Errorf("sysbench reported %d seconds of %d: %s", len(rates), seconds, out)
 	}
-	return rates, err
+	if err != nil {
+		return nil, err
+	}
+	return rates[:seconds], nil
 }
 
 // sysbenchRates reads the lines "[ 1s ] thds: 4 tps: 627.04 qps: ...".

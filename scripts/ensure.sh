@@ -6,9 +6,10 @@ set -eu
 # command:package pairs.
 build=""
 test="fio:fio setfattr:attr setfacl:acl mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs fusermount3:fuse3 \
-setcap:libcap2-bin sqlite3:sqlite3 losetup:mount tar:tar gcc:gcc unshare:util-linux setpriv:util-linux"
+setcap:libcap2-bin sqlite3:sqlite3 losetup:mount tar:tar gcc:gcc unshare:util-linux setpriv:util-linux git:git \
+mariadbd:mariadb-server-core mariadb:mariadb-client-core sysbench:sysbench"
 bench="mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs losetup:mount findmnt:util-linux fuse-overlayfs:fuse-overlayfs \
-fio:fio sqlite3:sqlite3 git:git tar:tar"
+fio:fio sqlite3:sqlite3 git:git tar:tar mariadbd:mariadb-server-core mariadb:mariadb-client-core sysbench:sysbench"
 demo="sqlite3:sqlite3 mkfs.ext4:e2fsprogs losetup:mount"
 
 case "${1:-}" in
