@@ -4,12 +4,14 @@ package mnt
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -21,6 +23,9 @@ import (
 
 // subject is the filesystem under test. Another one than Lamina tells whether a tester finds what it should.
 var subject = flag.String("fs", string(rival.Lamina), "filesystem under test: lamina, overlay or fuse-overlayfs")
+
+// transport is how requests reach Lamina, in every mount that does not say otherwise itself.
+var transport = flag.String("transport", "auto", "transport under test: auto, dev or uring; a mount that gets another one fails")
 
 // Subject is the filesystem under test.
 func Subject() rival.System { return rival.System(*subject) }
@@ -92,13 +97,55 @@ func Try(t testing.TB, c rival.Config) (*T, error) {
 	if c.System == rival.Overlay && c.Upper == "" && len(c.Lowers) == 1 {
 		c.Lowers = append([]string{Dirs(t, "empty")[0]}, c.Lowers...)
 	}
+	c.Options = withTransport(c)
 	dir := Dirs(t, "merged")[0]
 	ctx, cancel := context.WithTimeout(context.Background(), Timeout)
 	defer cancel()
 	rm, err := rival.Up(ctx, c, dir)
 	m := &T{Mount: rm, t: t, SkipFsck: err != nil} // nothing was mounted, nothing was written
 	t.Cleanup(m.cleanup)
+	if err == nil {
+		m.wantTransport()
+	}
 	return m, err
+}
+
+// withTransport asks for the transport under test, unless the test has a transport of its own.
+func withTransport(c rival.Config) []string {
+	own := slices.ContainsFunc(c.Options, func(o string) bool { return strings.HasPrefix(o, "transport=") })
+	if c.System != rival.Lamina || own || *transport == "auto" {
+		return c.Options
+	}
+	return append(slices.Clone(c.Options), "transport="+*transport)
+}
+
+// wantTransport fails the test if requests do not come the way that was asked for.
+func (m *T) wantTransport() {
+	m.t.Helper()
+	if m.System != rival.Lamina || m.Hasty { // a hasty one is not asked for anything
+		return
+	}
+	for _, o := range m.Options {
+		if want, ok := strings.CutPrefix(o, "transport="); ok && want != "auto" {
+			if got := m.Transport(); got != want {
+				m.t.Fatalf("mounted with %s, and yet its transport is %s", o, got)
+			}
+		}
+	}
+}
+
+// Transport is how requests reach the server, as it says itself.
+func (m *T) Transport() string {
+	m.t.Helper()
+	out, code := Lamina(m.t, "status", "--json", m.Dir)
+	if code != 0 {
+		m.t.Fatalf("status: exit status %d\n%s", code, out)
+	}
+	var status struct{ Transport string }
+	if err := json.Unmarshal([]byte(out), &status); err != nil || status.Transport == "" {
+		m.t.Fatalf("status does not tell the transport: %v in %s", err, out)
+	}
+	return status.Transport
 }
 
 // overlayOptions leaves out Lamina's own options and adds those that make kernel overlayfs behave.
@@ -174,6 +221,7 @@ func (m *T) Again() {
 		m.t.Fatal(err)
 	}
 	*m.Mount = *again
+	m.wantTransport()
 }
 
 // Path joins names below the mount point.

@@ -109,7 +109,6 @@ func TestBadInput(t *testing.T) {
 		{"value for a flag", good + ",volatile=very", []string{"volatile"}},
 		{"nfs_export", good + ",nfs_export=on", []string{"nfs_export"}},
 		{"verity", good + ",verity=require", []string{"verity"}},
-		{"io_uring", good + ",transport=uring", []string{"transport"}},
 		{"clone that the disk cannot", good + ",copyup=clone", []string{"copyup=clone"}},
 		{"clone from another disk", dirs("tmpfs", "up", "work") + ",copyup=clone", []string{"copyup=clone", at("tmpfs")}},
 	} {
