@@ -208,11 +208,15 @@ func (ly *Layer) copied(c *Contender, fresh bool) (string, error) {
 	return to, syncfs(to)
 }
 
-// Warm brings files of the layer (all of them if none are named) into the page cache of the contender's filesystem.
+// Warm brings files of the layer (all of them if none are named) into the page cache of the contender's filesystem; for
+// plain files, those of their copy.
 func (ly *Layer) Warm(c *Contender, names ...string) error {
 	root, err := ly.At(c)
 	if err != nil {
 		return err
+	}
+	if c.kind == plainCopy && ly.plain != "" {
+		root = ly.plain
 	}
 	if len(names) == 0 {
 		return warmTree(root)

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
@@ -27,13 +28,24 @@ import (
 func (u *Union) Time(f func() error) (Sample, error) {
 	var s Sample
 	errs := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		errs <- u.measure(&s, f)
-	}()
+	go func() { errs <- undisturbed(func() error { return u.measure(&s, f) }) }()
 	err := <-errs
 	return s, err
+}
+
+// undisturbed runs f on a thread that Go's runtime leaves alone. Without it the scheduler sends a long loop a signal every
+// 10 ms, and a request that FUSE has under way at that moment costs another one, INTERRUPT. And the garbage collector
+// would wait for a raw system call to end, with everything else stopped, for ever if a server hangs: it does not run.
+func undisturbed(f func() error) error {
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	preempt := unix.Sigset_t{Val: [len(unix.Sigset_t{}.Val)]uint64{1 << (unix.SIGURG - 1)}}
+	var before unix.Sigset_t
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &preempt, &before); err != nil {
+		return fmt.Errorf("blocking SIGURG: %w", err)
+	}
+	return errors.Join(f(), unix.PthreadSigmask(unix.SIG_SETMASK, &before, nil))
 }
 
 func (u *Union) measure(s *Sample, f func() error) error {
