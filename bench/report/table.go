@@ -166,11 +166,16 @@ func (m *Metric) hasCPU() bool {
 }
 
 func (t *terminal) figure(where string, f Figure) string {
-	s := fmt.Sprintf("%s  %s%s %s (target: %s)", t.met(f.OK), where, digits(f.Value), f.Says, f.Bound())
+	s := fmt.Sprintf("%s%s %s (target: %s)", where, digits(f.Value), f.Says, f.Bound())
 	if f.Note != "" {
 		s += "; " + f.Note
 	}
-	return text.WrapSoft(s, t.Width)
+	const indent = "      "
+	lines := strings.Split(text.WrapSoft(s, t.Width-len(indent)), "\n")
+	for i, line := range lines {
+		lines[i] = strings.TrimRight(line, " ")
+	}
+	return t.met(f.OK) + "  " + strings.Join(lines, "\n"+indent)
 }
 
 func (t *terminal) met(ok bool) string {
