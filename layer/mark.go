@@ -21,8 +21,8 @@ func (d *Dir) Marks(path string, mode uint32) (Marks, error) {
 	if err != nil {
 		return m, d.fail("listxattr", path, err)
 	}
-	m.Bare = !has.any
-	if has == (markSet{any: has.any}) {
+	m.Bare, m.Capable = !has.any, has.capability
+	if has == (markSet{any: has.any, capability: has.capability}) {
 		return m, nil
 	}
 	r := markReader{d: d, fd: fd, name: name, path: path}
@@ -44,14 +44,15 @@ func (d *Dir) Marks(path string, mode uint32) (Marks, error) {
 	return m, r.err
 }
 
-// markSet says which of overlay's attributes an object has, and whether it has any attribute at all.
-type markSet struct{ opaque, redirect, metacopy, origin, any bool }
+// markSet says which of overlay's attributes an object has, and whether it has capabilities, or any attribute at all.
+type markSet struct{ opaque, redirect, metacopy, origin, capability, any bool }
 
 func (d *Dir) listMarks(fd int, name string) (markSet, error) {
 	var has markSet
 	prefix := d.ns.Prefix()
 	err := eachXattr(fd, name, func(attr []byte) {
 		has.any = true
+		has.capability = has.capability || string(attr) == "security.capability"
 		if len(attr) <= len(prefix) || string(attr[:len(prefix)]) != prefix {
 			return
 		}

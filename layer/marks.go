@@ -16,6 +16,8 @@ type Marks struct {
 	Header   []byte
 	// Origin: the lower object that this one was copied up from, as Lamina records it (overlay.lamina.origin). Nil if absent.
 	Origin []byte
+	// Capable: the object carries security.capability.
+	Capable bool
 	// Bare: the object has no extended attribute at all, overlay's or other. False where that was not looked at.
 	Bare bool
 }

@@ -178,6 +178,7 @@ func (fs *FS) setMeta(n *Node, s *SetAttr) error {
 			if err := o.chmod(*s.Mode & 0o7777); err != nil {
 				return err
 			}
+			n.privClean.Store(n.noCaps.Load() && !setID(*s.Mode))
 		}
 		if s.Atime == nil && s.Mtime == nil {
 			return nil
@@ -204,6 +205,9 @@ func orOmit(t *unix.Timespec) unix.Timespec {
 	return *t
 }
 
+// setID says that a mode has a bit which lends the file's owner or group to whoever runs it.
+func setID(mode uint32) bool { return mode&(unix.S_ISUID|unix.S_ISGID) != 0 }
+
 func nowTimespec() unix.Timespec { return unix.NsecToTimespec(time.Now().UnixNano()) }
 
 const capability = "security.capability"
@@ -217,7 +221,10 @@ func (fs *FS) dropPriv(n *Node, kill bool) error {
 		return nil
 	}
 	return fs.withObject(n, func(o object) error {
-		err := o.removexattr(capability)
+		var err error
+		if !n.noCaps.Load() {
+			err = o.removexattr(capability)
+		}
 		if errors.Is(err, unix.EPERM) && fs.cfg.NS == layer.User {
 			err = nil // who may not remove it could not have brought it into the upper layer either
 		}
@@ -241,7 +248,8 @@ func (fs *FS) dropPriv(n *Node, kill bool) error {
 				return err
 			}
 		}
-		n.privClean.Store(mode&^drop&(unix.S_ISUID|unix.S_ISGID) == 0)
+		n.noCaps.Store(true)
+		n.privClean.Store(!setID(mode &^ drop))
 		return nil
 	})
 }

@@ -26,7 +26,8 @@ type prepared struct {
 	ino    uint64
 	size   int64
 	sketch bool
-	priv   bool // carries set-id bits or capabilities, which a write takes away
+	setID  bool // carries set-id bits
+	caps   bool // carries capabilities
 }
 
 func (fs *FS) abandon(p *prepared) {
@@ -111,7 +112,8 @@ func (fs *FS) install(n *Node, p *prepared, open bool) error {
 		return err
 	}
 	n.upper, n.upIno, n.unsyncd = true, p.ino, true
-	n.privClean.Store(!p.priv)
+	n.noCaps.Store(!p.caps)
+	n.privClean.Store(!p.caps && !p.setID)
 	if isReg(n.mode) {
 		n.sketch, n.stack = p.sketch, n.stackOf(p)
 		if !p.sketch {
@@ -371,7 +373,7 @@ func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared,
 		}
 		mode = orElse(change.Mode, mode) & 0o7777
 	}
-	p.priv = mode&(unix.S_ISUID|unix.S_ISGID) != 0
+	p.setID = setID(mode)
 	if uid != fs.bornUID || gid != fs.bornGID || fs.work.Override() != layer.OverrideNone {
 		if err := p.chown(fs, uid, gid); err != nil {
 			return err
@@ -392,7 +394,7 @@ func (fs *FS) copyMeta(l layer.Layer, path string, st *unix.Stat_t, p *prepared,
 		if errors.Is(err, unix.ENODATA) {
 			continue
 		}
-		p.priv = p.priv || name == capability
+		p.caps = p.caps || name == capability
 		if err != nil {
 			return err
 		}

@@ -187,7 +187,11 @@ func (fs *FS) makeHere(dir *Node, name string, mode uint32, c Cred, make maker) 
 func (fs *FS) adoptMade(dir *Node, name string, st unix.Stat_t) (*Node, error) {
 	dir.list.Store(nil)
 	made := found{exists: true, upper: true, st: st, lpath: join(dir.lpath, name)}
-	return fs.adopt(dir, name, &made)
+	n, err := fs.adopt(dir, name, &made)
+	if err == nil {
+		n.privClean.Store(n.noCaps.Load() && !setID(st.Mode))
+	}
+	return n, err
 }
 
 func removeObject(d *layer.Dir, path string, mode uint32) {

@@ -51,7 +51,8 @@ type Node struct {
 	aux    any
 
 	list      atomic.Pointer[listing]
-	privClean atomic.Bool              // known to carry neither set-id bits nor capabilities
+	privClean atomic.Bool              // the upper object is known to carry neither set-id bits nor capabilities
+	noCaps    atomic.Bool              // the upper object is known to carry no capabilities
 	heritage  atomic.Pointer[heritage] // of a directory; changes with tree held for reading, is asked with it held for writing
 }
 

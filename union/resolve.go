@@ -340,6 +340,7 @@ func (fs *FS) adopt(dir *Node, name string, f *found) (*Node, error) {
 	if f.upper {
 		n.upIno = f.st.Ino
 		n.redir = strings.HasPrefix(f.marks.Redirect, "/") // a relative one speaks of this parent only
+		n.noCaps.Store(isReg(n.mode) && !f.marks.Capable)
 	}
 	n.sketch = f.marks.Metacopy
 	n.size = f.st.Size

@@ -15,6 +15,7 @@ type spares struct {
 
 	mu      sync.Mutex
 	list    []spare
+	want    int  // how many to keep
 	making  bool // a goroutine does
 	closed  bool
 	used    time.Time // when one was last taken
@@ -30,6 +31,8 @@ type spare struct {
 
 const (
 	spareMode = 0o644
+	// A mount that copies up one file now and then keeps minSpares; each time there is none left it keeps twice as many.
+	minSpares = 4
 	maxSpares = 32
 	// spareIdle after the last copy-up the spares are given back.
 	spareIdle = 10 * time.Second
@@ -41,7 +44,10 @@ func (s *spares) take() (spare, bool) {
 	defer s.mu.Unlock()
 	s.used = time.Now()
 	n := len(s.list)
-	if n <= maxSpares/2 && !s.making && !s.closed {
+	if n == 0 {
+		s.want = min(max(2*s.want, minSpares), maxSpares)
+	}
+	if n <= s.want/2 && !s.making && !s.closed {
 		s.making = true
 		s.pending.Go(s.fill)
 	}
@@ -61,7 +67,7 @@ func (s *spares) fill() {
 		if err == nil {
 			s.list = append(s.list, sp)
 		}
-		if err != nil || s.closed || len(s.list) >= maxSpares {
+		if err != nil || s.closed || len(s.list) >= s.want {
 			s.making = false
 			if s.idle == nil {
 				s.idle = time.AfterFunc(spareIdle, s.tidy)
@@ -81,7 +87,7 @@ func (s *spares) tidy() {
 		s.idle.Reset(left)
 		return
 	}
-	s.idle = nil
+	s.idle, s.want = nil, 0
 	s.drop()
 }
 

@@ -44,8 +44,11 @@ func (fs *FS) Getxattr(n *Node, name string) ([]byte, error) {
 	if n.dead && n.upper {
 		return fs.namelessXattr(n, func(fd int, buf []byte) (int, error) { return unix.Fgetxattr(fd, fs.stored(name), buf) })
 	}
-	if name == capability && n.upper && n.privClean.Load() {
-		return nil, unix.ENODATA // the kernel asks before the first write to a file
+	if name == capability && n.upper && n.noCaps.Load() {
+		return nil, unix.ENODATA // the kernel asks before a change of owner, and before the first write
+	}
+	if !n.upper && n.bare {
+		return nil, unix.ENODATA
 	}
 	l, path, err := fs.xattrAt(n)
 	if err != nil {
@@ -140,7 +143,8 @@ func (fs *FS) changeXattr(n *Node, change func(object) error) error {
 	defer fs.tree.RUnlock()
 	defer n.heritage.Store(nil)
 	return fs.withObject(n, func(o object) error {
-		n.privClean.Store(false) // under the lock that dropPriv finds it clean under
+		n.noCaps.Store(false) // under the lock that dropPriv finds it clean under
+		n.privClean.Store(false)
 		return change(o)
 	})
 }
