@@ -110,6 +110,14 @@ func Try(t testing.TB, c rival.Config) (*T, error) {
 	return m, err
 }
 
+// Transports are those to be tested, by a test that chooses for its mounts itself: the one under test, or both.
+func Transports() []string {
+	if *transport != "auto" {
+		return []string{*transport}
+	}
+	return []string{"dev", "uring"}
+}
+
 // withTransport asks for the transport under test, unless the test has a transport of its own.
 func withTransport(c rival.Config) []string {
 	own := slices.ContainsFunc(c.Options, func(o string) bool { return strings.HasPrefix(o, "transport=") })
