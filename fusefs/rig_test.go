@@ -1,6 +1,7 @@
 package fusefs
 
 import (
+	"flag"
 	"os"
 	"path/filepath"
 	"testing"
@@ -12,6 +13,12 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+// transports by the name that a status gives them.
+var transports = map[string]Transport{"dev": TransportDev, "uring": TransportUring}
+
+// transportFlag is the transport of every mount that does not choose its own.
+var transportFlag = flag.String("transport", "auto", "transport under test: auto, dev or uring; a mount that gets another one fails")
 
 // rig is one mount of one test.
 type rig struct {
@@ -46,6 +53,9 @@ func (r *rig) mount(opt Options) {
 	if opt.Logf == nil {
 		opt.Logf = r.t.Logf
 	}
+	if opt.Transport == TransportAuto {
+		opt.Transport = transports[*transportFlag]
+	}
 	s, err := Mount(r.fs, r.mnt, opt)
 	if err != nil {
 		must(r.t, r.fs.Close())
@@ -63,6 +73,9 @@ func (r *rig) mount(opt Options) {
 		}
 		must(r.t, r.fs.Close())
 	})
+	if want, ok := transports[*transportFlag]; ok && transports[s.Status().Transport] != want && opt.Transport == want {
+		r.t.Fatalf("mounted with transport=%s, and yet its transport is %s", *transportFlag, s.Status().Transport)
+	}
 	must(r.t, refusePoll(r.mnt))
 }
 

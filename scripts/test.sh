@@ -24,7 +24,11 @@ step() {
 packages() { "$GO" list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' "$@"; }
 
 raced=$(packages $RACE)
-units=$(packages ./... | grep -v '^lamina/tests/' | grep -vxF "$raced" || true)
+units=$(packages ./... | grep -v -e '^lamina/tests/' -e '^lamina/fusefs$' | grep -vxF "$raced" || true)
+
+# Where the kernel does not carry FUSE over io_uring there is one transport to test.
+transports="dev uring"
+[ -e /sys/module/fuse/parameters/enable_uring ] || transports=dev
 
 step "go vet" "$GO" vet ./...
 # shellcheck disable=SC2086 # lists of packages
@@ -32,8 +36,11 @@ step "go vet" "$GO" vet ./...
 	[ -z "$units" ] || step "packages" "$GO" test -timeout 5m $units
 	step "block and union under the race detector" "$GO" test -race -timeout 8m $raced
 	# One after the other: each has the machine's two cores and its own mounts.
-	for suite in posix fsx oracle traps crash; do
-		step "tests/$suite" "$GO" test -count=1 -p 1 -timeout 10m "./tests/$suite"
+	for transport in $transports; do
+		step "fusefs over $transport" "$GO" test -count=1 -timeout 5m ./fusefs -transport="$transport"
+		for suite in posix fsx oracle traps crash soak; do
+			step "tests/$suite over $transport" "$GO" test -count=1 -timeout 10m "./tests/$suite" -transport="$transport"
+		done
 	done
 }
 printf '\n== %ss\n' "$(($(date +%s) - start))"
