@@ -50,16 +50,16 @@ func (r *Run) HTML(w io.Writer) error {
 // page is what the template shows.
 type page struct {
 	*Run
-	Policy    string // Content-Security-Policy: nothing may be fetched, and no script but these two runs
+	Policy    string // Content-Security-Policy: nothing may be fetched, and only the two scripts below run
 	CSS       template.CSS
 	Plot, JS  template.JS
 	Self      *Contender
-	Against   *Contender // kernel overlayfs, if it took part
+	Against   *Contender // kernel overlayfs or, where it did not take part, native: of the kind OverallOf
 	Paints    []paint
 	Rows      []summaryRow
 	Ticks     []tick
 	Parity    float64 // where on the strip 1× is, in per cent
-	Overall   verdict // against overlayfs, all scenarios
+	Overall   verdict // over all scenarios
 	OverallOf Kind
 	Met       int
 	All       []Target
@@ -328,19 +328,26 @@ func (p *page) chart(m *Metric) chartView {
 	return v
 }
 
+// tip is what a cell says when it is pointed at.
 func (p *page) tip(m *Metric, c *Cell, native, overlay float64) string {
-	s := strings.TrimSpace(c.Contender+", "+m.caseLabel(c)) + "\n" + quantity(c.Median, m.Unit)
-	s = strings.Replace(s, ", \n", "\n", 1)
+	name := c.Contender
+	if label := m.caseLabel(c); label != "" {
+		name += ", " + label
+	}
+	value := quantity(c.Median, m.Unit)
 	if c.N > 1 {
-		s += fmt.Sprintf(" (%s to %s, %d samples)", quantity(c.Min, m.Unit), quantity(c.Max, m.Unit), c.N)
+		value += fmt.Sprintf(" (%s to %s, %d samples)", quantity(c.Min, m.Unit), quantity(c.Max, m.Unit), c.N)
 	}
-	if self := p.First(Overlay); !math.IsNaN(overlay) && self.Name != c.Contender {
-		s += "\n" + ratio(overlay) + " overlayfs"
+	lines := []string{name, value}
+	for _, to := range []struct {
+		kind  Kind
+		ratio float64
+	}{{Overlay, overlay}, {Native, native}} {
+		if !math.IsNaN(to.ratio) && p.First(to.kind).Name != c.Contender {
+			lines = append(lines, ratio(to.ratio)+" as good as "+p.First(to.kind).Name)
+		}
 	}
-	if self := p.First(Native); !math.IsNaN(native) && self.Name != c.Contender {
-		s += "\n" + ratio(native) + " native"
-	}
-	return s
+	return strings.Join(lines, "\n")
 }
 
 // Describe is the chart in words, for those who do not see it.
