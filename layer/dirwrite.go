@@ -77,6 +77,11 @@ func (d *Dir) openRegular(at int, name string, flags int) (int, error) {
 	return openBlocking(unix.AT_FDCWD, fdPath(path), flags&^unix.O_NOFOLLOW)
 }
 
+// Reopen opens the regular file that the O_PATH descriptor fd, from [Dir.OpenPath], stands for.
+func Reopen(fd, flags int) (int, error) {
+	return openBlocking(unix.AT_FDCWD, fdPath(fd), flags|unix.O_CLOEXEC|unix.O_NOCTTY)
+}
+
 // openImmutable opens a file of a clone, whose attributes it gives: nobody should replace the object between the two calls, and if somebody does,
 // nodev and O_NONBLOCK keep the harm away.
 func openImmutable(at int, name string, flags int, st *unix.Stat_t) (int, error) {

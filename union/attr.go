@@ -280,6 +280,13 @@ func (fs *FS) withObject(n *Node, do func(object) error) error {
 			return err
 		}
 	}
+	if n.cur.Load() == nil && n.upper { // dead; it stays open from here on
+		c, err := fs.openContent(n)
+		if err != nil {
+			return err
+		}
+		n.cur.Store(c)
+	}
 	c := n.cur.Load()
 	if c == nil || c.file == nil {
 		return unix.ESTALE

@@ -92,15 +92,38 @@ func (fs *FS) acquire(n *Node) error {
 func (n *Node) unkeep() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if !n.kept {
-		return
+	if n.kept != nil && n.kept.fd >= 0 {
+		unix.Close(n.kept.fd)
 	}
-	n.kept = false
-	if c := n.cur.Load(); c != nil && !n.held { // opened by keep, and by nobody since
-		n.remember(c.file)
-		n.cur.Store(nil)
-		c.close()
+	n.kept = nil
+}
+
+// keeper keeps a file that lost its last name.
+type keeper struct {
+	fd int // O_PATH; -1 where the content was open anyway
+}
+
+// unkept is what kept a file that can be closed now. Closing a file without a name is what removes it, which can take
+// its time.
+type unkept struct {
+	fd int
+	c  *content
+}
+
+func closeUnkept(list []unkept) {
+	for _, u := range list {
+		if u.fd >= 0 {
+			unix.Close(u.fd)
+		}
+		u.c.close()
 	}
+}
+
+// takeUnkept gives what has to be closed, outside the lock. The caller holds tab.
+func (fs *FS) takeUnkept() []unkept {
+	gone := fs.unkept
+	fs.unkept = nil
+	return gone
 }
 
 // hold keeps the node alive until its content is closed. The caller holds mu.
@@ -111,9 +134,9 @@ func (n *Node) hold() {
 	}
 }
 
-// keep leaves the content of an upper file open that is about to lose its last name, until the kernel forgets the node:
-// somebody may have looked the name up and be about to open it, or to follow it. A lower file needs no keeping. The
-// caller holds tree for writing.
+// keep holds on to an upper file that is about to lose its last name, until the kernel forgets the node: somebody may
+// have looked the name up and be about to open it, or to follow it. A lower file needs no keeping. The caller holds tree
+// for writing.
 func (fs *FS) keep(n *Node, was *Attr) {
 	if !n.upper || was.Nlink > 1 {
 		return
@@ -130,28 +153,24 @@ func (fs *FS) keep(n *Node, was *Attr) {
 	default:
 		return
 	}
+	k := &keeper{fd: -1}
 	if n.cur.Load() == nil {
-		c, err := fs.openContent(n)
-		if err != nil {
-			return // damaged: nobody could open it under its name either
+		d, path, err := fs.upperAt(n)
+		if err == nil {
+			k.fd, err = d.OpenPath(path)
 		}
-		n.cur.Store(c)
+		if err != nil {
+			return // nobody could open it under its name either
+		}
 	}
-	n.kept = true
+	n.kept = k
 }
 
 func (fs *FS) openContent(n *Node) (*content, error) {
-	if n.dead && n.upper {
-		return nil, unix.ESTALE // its last name and its last descriptor are gone
-	}
 	if !n.upper {
 		return fs.openBelow(n.stack)
 	}
-	d, path, err := fs.upperAt(n)
-	if err != nil {
-		return nil, err
-	}
-	fd, err := d.OpenFile(path, unix.O_RDWR, 0)
+	fd, path, err := fs.openUpper(n)
 	if err != nil {
 		return nil, err
 	}
@@ -161,6 +180,23 @@ func (fs *FS) openContent(n *Node) (*content, error) {
 		return nil, err
 	}
 	return &content{file: f}, nil
+}
+
+// openUpper opens a node's upper file for reading and writing, and says what to call it.
+func (fs *FS) openUpper(n *Node) (fd int, path string, err error) {
+	if n.dead {
+		if n.kept == nil || n.kept.fd < 0 {
+			return -1, "", unix.ESTALE // its last name and its last descriptor are gone
+		}
+		fd, err = layer.Reopen(n.kept.fd, unix.O_RDWR)
+		return fd, "(nameless)", err
+	}
+	d, path, err := fs.upperAt(n)
+	if err != nil {
+		return -1, "", err
+	}
+	fd, err = d.OpenFile(path, unix.O_RDWR, 0)
+	return fd, path, err
 }
 
 // openBelow opens a lower file.
@@ -287,7 +323,7 @@ func (n *Node) settled(f *block.File) {
 	if n.opens > 0 || c == nil || c.file != f {
 		return
 	}
-	if n.kept {
+	if n.kept != nil {
 		n.closeContent(c)
 		return
 	}
@@ -310,7 +346,7 @@ func (n *Node) remember(f *block.File) { n.size, n.sketch = f.Size(), f.Sketch()
 // closeContent closes a content, unless it is kept, without saving what its upper file has not yet put on disk. The
 // caller holds mu.
 func (n *Node) closeContent(c *content) {
-	if !n.kept {
+	if n.kept == nil {
 		n.cur.Store(nil)
 		c.close()
 	}

@@ -173,7 +173,7 @@ func TestFailedUnlinkKeepsNothingOpen(t *testing.T) {
 	err = s.unlink("d/f")
 	must(t, unix.IoctlSetPointerInt(int(dir.Fd()), unix.FS_IOC_SETFLAGS, 0))
 	wantErr(t, err, unix.EPERM)
-	if n.kept || n.cur.Load() != nil {
+	if n.kept != nil || n.cur.Load() != nil {
 		t.Error("the file stays open")
 	}
 	s.wantRead("d/f", "data")

@@ -42,9 +42,9 @@ type Node struct {
 
 	mu     sync.Mutex
 	opens  int
-	held   bool   // pinned, because its content is open
-	target string // of a dead symbolic link
-	kept   bool   // dead, but its content stays open until the node goes
+	held   bool    // pinned, because its content is open
+	target string  // of a dead symbolic link
+	kept   *keeper // dead, but it can be opened until the node goes
 	cur    atomic.Pointer[content]
 	sketch bool  // while closed: the upper object is a sketch
 	size   int64 // while closed, of a sketch: logical size
@@ -93,6 +93,7 @@ type nodeTable struct {
 	byKey  map[key]*Node
 	lastID uint64
 	live   int
+	unkept []unkept // of nodes that are gone; closed by whoever lets go of tab
 }
 
 func (t *nodeTable) init() { t.byKey = map[key]*Node{} }
@@ -134,7 +135,9 @@ func (fs *FS) Forget(id uint64, nlookup uint64) {
 	fs.tab.Lock()
 	n.refs -= int64(nlookup)
 	fs.collect(n)
+	gone := fs.takeUnkept()
 	fs.tab.Unlock()
+	closeUnkept(gone)
 }
 
 // collect removes a node that nobody holds, and then the parents that only it held. The caller holds tab.
@@ -144,8 +147,9 @@ func (fs *FS) collect(n *Node) {
 		n.id = 0
 		fs.live--
 		fs.unshare(n)
-		if c := n.cur.Swap(nil); c != nil { // kept; closing may have to wait for a commit
-			go c.close()
+		if k := n.kept; k != nil {
+			fs.unkept = append(fs.unkept, unkept{k.fd, n.cur.Swap(nil)})
+			n.kept = nil
 		}
 		links := n.links
 		n.links = nil
@@ -176,7 +180,11 @@ func (fs *FS) unpin(n *Node) {
 	fs.tab.Lock()
 	n.pins--
 	fs.collect(n)
+	gone := fs.takeUnkept()
 	fs.tab.Unlock()
+	if len(gone) > 0 {
+		go closeUnkept(gone) // the caller holds the lock of a file, or is the one that a commit waits for
+	}
 }
 
 // addLink records a name. The caller holds tab.

@@ -284,8 +284,9 @@ func (fs *FS) closeKept() {
 		n := v.(*Node)
 		n.mu.Lock()
 		defer n.mu.Unlock()
-		if n.kept && n.opens == 0 {
-			n.cur.Swap(nil).close()
+		if n.kept != nil && n.opens == 0 {
+			closeUnkept([]unkept{{n.kept.fd, n.cur.Swap(nil)}})
+			n.kept = nil
 		}
 		return true
 	})
