@@ -86,6 +86,10 @@ func (w *worker) obey(commands io.Reader, answers io.Writer) {
 			case "die":
 				w.dying.Store(true)
 			default:
+				if line == "load" { // before the next command is read, which may end it
+					w.stop.Store(false)
+					w.dying.Store(false)
+				}
 				next <- line
 			}
 		}
@@ -114,9 +118,6 @@ func (w *worker) obey(commands io.Reader, answers io.Writer) {
 
 // load works until it is told to stop, or its server dies as announced.
 func (w *worker) load() error {
-	debug.SetPanicOnFault(true)
-	w.stop.Store(false)
-	w.dying.Store(false)
 	for !w.stop.Load() {
 		w.under = nil
 		op, err := w.step()
