@@ -71,7 +71,7 @@ func (t *modeTable) hold(id uint64) *modes {
 		if s.m == nil {
 			s.m = map[uint64]*modes{}
 		}
-		m = &modes{}
+		m = idleModes.Get().(*modes)
 		s.m[id] = m
 	}
 	m.refs++
@@ -84,8 +84,13 @@ func (t *modeTable) drop(id uint64, m *modes) {
 	defer s.Unlock()
 	if m.refs--; m.refs == 0 {
 		delete(s.m, id)
+		m.detached = false // the rest is zero without a descriptor
+		idleModes.Put(m)
 	}
 }
+
+// idleModes are those of nodes that nobody has open: most files are opened by one process at a time, again and again.
+var idleModes = sync.Pool{New: func() any { return new(modes) }}
 
 // writes says that an open can change the file's bytes.
 func writes(flags uint32) bool {

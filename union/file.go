@@ -13,10 +13,11 @@ import (
 // content is what the open descriptors of a node read and write: the lower file until copy-up, the upper one afterwards.
 // A descriptor opened before copy-up follows along, because it goes through the node.
 type content struct {
-	file  *block.File // upper
-	lower block.Lower // lower only
-	pass  bool        // lower can be handed to the kernel for passthrough
-	prev  *content    // what the descriptors used before: calls in flight may still do, so it stays until the last goes
+	file  *block.File       // upper
+	lower block.Lower       // lower only
+	pass  bool              // lower can be handed to the kernel for passthrough
+	done  func(*block.File) // Node.settled, made once
+	prev  *content          // what the descriptors used before: calls in flight may still do, so it stays until the last goes
 }
 
 // close closes everything that the descriptors ever used. An upper file whose bytes have to last has been closed before.
@@ -289,13 +290,14 @@ func (e *dataError) Unwrap() []error { return []error{e.err, unix.EIO} }
 // Release closes the handle. Bytes written through it stay with the engine until they settle.
 func (h *Handle) Release() {
 	n := h.n
-	if f := n.lastClose(); f != nil {
-		f.Settle(n.settled)
+	if c := n.lastClose(); c != nil {
+		c.file.Settle(c.done)
 	}
 }
 
-// lastClose counts a handle out. After the last one it closes the content, or returns the sketch that must settle first.
-func (n *Node) lastClose() *block.File {
+// lastClose counts a handle out. After the last one it closes the content, or returns it if it is a sketch that must
+// settle first.
+func (n *Node) lastClose() *content {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.opens--
@@ -308,7 +310,10 @@ func (n *Node) lastClose() *block.File {
 		return nil
 	}
 	if c.file.Sketch() && !n.dead {
-		return c.file
+		if c.done == nil {
+			c.done = n.settled
+		}
+		return c
 	}
 	n.remember(c.file)
 	n.closeContent(c) // an ordinary file, or one that nobody will ever read again
