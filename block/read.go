@@ -2,6 +2,7 @@ package block
 
 import (
 	"io"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -68,10 +69,11 @@ func (f *File) read(p []byte, off int64) (n int, err error) {
 		case fromZeros:
 			clear(part)
 		case fromTransit:
-			if err := f.completeRange(o, x.end); err != nil {
-				return n, err
+			if whole := f.completeRange(o, x.end); whole == nil {
+				continue // its blocks are Upper now
+			} else if part = part[:min(int64(len(part)), f.bs-o&(f.bs-1))]; f.assemble(part, o) != nil {
+				return n, whole
 			}
-			continue // its blocks are Upper now
 		}
 		if err != nil {
 			return n, err
@@ -79,6 +81,54 @@ func (f *File) read(p []byte, off int64) (n int, err error) {
 		n += len(part)
 	}
 	return n, nil
+}
+
+// assemble reads p, a part of one block, out of both files, for when the block cannot be completed: there may be no space
+// for that, or what is missing of it cannot be read and is not asked for here. The caller holds shape.
+func (f *File) assemble(p []byte, off int64) error {
+	b := off >> f.shift
+	missing, err := f.eachPart(b, off, p, nil)
+	if err != nil {
+		return err
+	}
+	below := p[:max(0, min(int64(len(p)), f.limit-off))]
+	if missing && len(below) > 0 {
+		if err := f.readLower(below, off); err != nil {
+			return err
+		}
+	}
+	_, err = f.eachPart(b, off, p, func(part []byte, at int64) error { return readZeroFilled(f.s, part, at) })
+	return err
+}
+
+// eachPart calls do for those parts of p, the bytes of block b from off on, that lie in the upper file, and says whether
+// there are others. A write in between is no harm: it only adds parts.
+func (f *File) eachPart(b, off int64, p []byte, do func(part []byte, at int64) error) (missing bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	start, end := b<<f.shift, off+int64(len(p))
+	spans, ok := f.transit[b]
+	if !ok { // completed in the meantime
+		spans = []span{{0, uint32(f.bs)}}
+	} else {
+		spans = addSpan(slices.Clone(spans), span{uint32(max(0, min(f.bs, f.limit-start))), uint32(f.bs)})
+	}
+	move := f.upperAt(b) - start
+	at := off
+	for _, s := range spans {
+		lo, hi := max(off, start+int64(s.lo)), min(end, start+int64(s.hi))
+		if lo >= hi {
+			continue
+		}
+		missing = missing || lo > at
+		at = hi
+		if do != nil {
+			if err := do(p[lo-off:hi-off], lo+move); err != nil {
+				return missing, err
+			}
+		}
+	}
+	return missing || at < end, nil
 }
 
 // extent returns the run of bytes that begins at off and has one source, at most to end. The caller holds shape.
