@@ -27,7 +27,7 @@ import (
 type Config struct {
 	Lamina     string    // the binary; needed
 	Dir        string    // everything happens below it; empty: the directory for temporary files
-	Filesystem string    // "ext4", "xfs": measure on a fresh one in an image file in Dir; empty: on Dir itself
+	Filesystem string    // "ext4", "xfs" or "btrfs": measure on a fresh one in an image file in Dir; OnDir: on Dir itself
 	Mode       Mode      // empty: Normal
 	Rounds     int       // turns of each contender; 0: as many as the mode's time allows
 	Scenarios  []string  // names; none: all
@@ -359,18 +359,13 @@ func (r *run) open() error {
 	if err := r.ownPlaces(); err != nil {
 		return err
 	}
-	why := checkUpper(r.scratch)
-	switch {
-	case r.cfg.Filesystem != "":
-		if _, known := filesystems[r.cfg.Filesystem]; !known {
-			return fmt.Errorf("--filesystem %s: unknown: use ext4, xfs or btrfs", r.cfg.Filesystem)
-		}
-	case why == nil:
+	why, err := r.chooseFilesystem()
+	if err != nil {
+		return err
+	}
+	if r.cfg.Filesystem == OnDir {
 		r.grounds[mainGround] = &ground{name: mainGround, dir: filepath.Join(r.scratch, "main")}
 		return os.Mkdir(r.grounds[mainGround].dir, 0o755)
-	default:
-		r.cfg.Filesystem = "ext4"
-		r.progress.note("%v: measuring on an ext4 in an image file there", why)
 	}
 	// A directory of its own, so that the main filesystem may be of the same type as one of the others.
 	images := filepath.Join(r.scratch, "main")
@@ -383,6 +378,30 @@ func (r *run) open() error {
 	}
 	r.grounds[mainGround] = &ground{name: mainGround, dir: mnt, own: true}
 	return nil
+}
+
+// OnDir is the Filesystem that holds Config.Dir.
+const OnDir = "dir"
+
+// chooseFilesystem fills Config.Filesystem in, and says why it is not the directory's own.
+func (r *run) chooseFilesystem() (why, err error) {
+	if r.cfg.Filesystem == "" {
+		if why = checkUpper(r.scratch); why == nil {
+			why = checkJournal(r.scratch)
+		}
+		if r.cfg.Filesystem = OnDir; why != nil {
+			r.cfg.Filesystem = "ext4"
+			r.progress.note("%v: measuring on a fresh ext4 in an image file there", why)
+		}
+		return why, nil
+	}
+	if r.cfg.Filesystem == OnDir {
+		return nil, checkUpper(r.scratch)
+	}
+	if _, known := filesystems[r.cfg.Filesystem]; !known {
+		return nil, fmt.Errorf("--filesystem %s: unknown: use ext4, xfs, btrfs or %s", r.cfg.Filesystem, OnDir)
+	}
+	return nil, nil
 }
 
 // ownPlaces keeps what Lamina's servers and other programs write within the scratch directory: control sockets, logs,

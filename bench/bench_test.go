@@ -43,6 +43,9 @@ func tiny(name string, f func(l *Lab, u *Union) error) Scenario {
 
 func writeByte(_ *Lab, u *Union) error { return firstByte(u.Path("file"), 1) }
 
+// automatic is the Filesystem of a user who chose none; tests that choose none measure on the directory.
+const automatic = "automatic"
+
 // outcome is what a run said and left behind.
 type outcome struct {
 	*report.Run
@@ -59,6 +62,12 @@ func bench(t *testing.T, ctx context.Context, cfg Config, scenarios ...Scenario)
 	}
 	var said bytes.Buffer
 	cfg.Lamina, cfg.Mode, cfg.Progress, cfg.Rounds = binary, Quick, &said, 2
+	switch cfg.Filesystem {
+	case "":
+		cfg.Filesystem = OnDir
+	case automatic:
+		cfg.Filesystem = ""
+	}
 	env := os.Environ()
 	run, err := measure(ctx, cfg, scenarios)
 	entries, readErr := os.ReadDir(cfg.Dir)
@@ -155,10 +164,37 @@ func TestDirectoryOnOverlayfs(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(m.Discard)
-	o := bench(t, t.Context(), Config{Dir: m.Dir}, tiny("tiny", writeByte))
+	// What the user chose is not overruled.
+	if o := bench(t, t.Context(), Config{Dir: m.Dir}, tiny("tiny", writeByte)); o.err == nil || !strings.Contains(o.err.Error(), "overlayfs, which cannot hold an upper layer") {
+		t.Errorf("measured on overlayfs: %v", o.err)
+	}
+	o := bench(t, t.Context(), Config{Dir: m.Dir, Filesystem: automatic}, tiny("tiny", writeByte))
 	wantMeasured(t, o, "tiny", "plain", "overlayfs", "lamina", "lamina-dev")
 	if !strings.Contains(o.said, "is on overlayfs, which cannot hold an upper layer") || !strings.Contains(o.Machine.Filesystem, "in a file on overlayfs") {
 		t.Errorf("the filesystem is not named: %q, %q", o.said, o.Machine.Filesystem)
+	}
+}
+
+// An ext4 without a journal is no ground either.
+func TestNoJournal(t *testing.T) {
+	image, dir := filepath.Join(t.TempDir(), "image"), t.TempDir()
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 256*mib)); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"mkfs.ext4", "-q", "-O", "^has_journal", image}, {"mount", "-o", "loop", image, dir}} {
+		if _, err := rival.Run(t.Context(), args[0], args[1:]...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	o := bench(t, t.Context(), Config{Dir: dir, Filesystem: automatic}, tiny("tiny", writeByte))
+	wantMeasured(t, o, "tiny", "plain", "overlayfs", "lamina", "lamina-dev")
+	if !strings.Contains(o.said, "ext4 without a journal") || !strings.HasPrefix(o.Machine.Filesystem, "ext4 on /dev/loop") {
+		t.Errorf("the journal is not missed: %q, %q", o.said, o.Machine.Filesystem)
 	}
 }
 

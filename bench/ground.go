@@ -184,6 +184,23 @@ func filesystemOf(dir string) string {
 	return fmt.Sprintf("filesystem %#x", st.Type)
 }
 
+// checkJournal tells why an ext4 without a journal is no ground for figures that are to hold elsewhere.
+func checkJournal(dir string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return err
+	}
+	device, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)))
+	if err != nil {
+		return nil // not on a device of its own: not ext4
+	}
+	task, err := os.ReadFile(filepath.Join("/sys/fs/ext4", filepath.Base(device), "journal_task"))
+	if err == nil && strings.TrimSpace(string(task)) == "<none>" {
+		return fmt.Errorf("%s is on an ext4 without a journal, which looks at recently removed inodes again for every new file", dir)
+	}
+	return nil
+}
+
 // checkUpper tells why dir cannot hold an upper layer: what a union needs is tried out.
 func checkUpper(dir string) error {
 	kind := filesystemOf(dir)

@@ -33,8 +33,8 @@ func benchCommand() *cobra.Command {
 kernel overlayfs in several variants, fuse-overlayfs, a reflink filesystem, btrfs snapshots. Contenders take turns; what
 is printed are medians with their spread, ratios, and the project's targets. --list shows all scenarios and contenders.
 
-It needs root. Everything happens in a directory of its own below DIR, which should be on ext4, XFS or btrfs, and nothing
-is left behind. Between measurements it empties the page cache of the whole machine. A contender that is missing or fails
+It needs root. Everything happens in a directory of its own below DIR, and nothing is left behind. Where DIR's filesystem
+cannot hold an upper layer, or is an ext4 without a journal, it measures on a fresh ext4 in an image file there. Between measurements it empties the page cache of the whole machine. A contender that is missing or fails
 is named, and the rest goes on.
 
 As a contender, lamina:OPTION+OPTION... is Lamina with any mount options, and overlayfs:OPTION+OPTION... kernel overlayfs.`,
@@ -55,7 +55,7 @@ As a contender, lamina:OPTION+OPTION... is Lamina with any mount options, and ov
 	flags.StringSliceVar(&f.config.Scenarios, "scenarios", nil, "only these scenarios")
 	flags.StringSliceVar(&f.config.Contenders, "contenders", nil, "these contenders instead of each scenario's own choice")
 	flags.StringVar(&f.config.Dir, "dir", "", "measure below this directory instead of the one for temporary files")
-	flags.StringVar(&f.config.Filesystem, "filesystem", "", "measure on a fresh ext4, xfs or btrfs in an image file below DIR, instead of on what holds DIR")
+	flags.StringVar(&f.config.Filesystem, "filesystem", "", "measure on a fresh ext4, xfs or btrfs in an image file below DIR, or on what holds it (dir) (default: dir if a union can be measured there, otherwise ext4)")
 	flags.IntVar(&f.config.Rounds, "rounds", 0, "turns of each contender (default: as many as the time allows)")
 	flags.BoolVar(&f.asJSON, "json", false, "print JSON")
 	flags.StringVar(&f.html, "html", "", "also write a page with charts to this file")
