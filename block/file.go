@@ -53,6 +53,7 @@ type File struct {
 	// provisional: plain, but the header is still on disk and says that the lower file counts, see whole.go
 	provisional atomic.Bool
 	nameless    atomic.Bool
+	committing  atomic.Bool  // by the settler, which left it to itself
 	size        atomic.Int64 // logical size, bytes; not used when plain
 
 	mu      sync.Mutex

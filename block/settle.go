@@ -51,7 +51,8 @@ func (e *Engine) nudge() {
 	}
 }
 
-// settleLoop settles files when their time has come, and commits the open ones every CommitInterval, one after another.
+// settleLoop settles files when their time has come, and commits the open ones every CommitInterval, one after another
+// but for those that take long.
 func (e *Engine) settleLoop() {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
@@ -64,10 +65,10 @@ func (e *Engine) settleLoop() {
 			return
 		case len(files) > 0:
 			for _, f := range e.settleWholes(files) {
-				e.settleOne(f)
+				e.patiently(f, e.settleOne)
 			}
 		case len(due) > 0:
-			e.commitOpen(due[0])
+			e.patiently(due[0], e.commitOpen)
 			if due = due[1:]; len(due) == 0 {
 				commitAt = time.Now().Add(e.opts.CommitInterval)
 			}
@@ -81,6 +82,27 @@ func (e *Engine) settleLoop() {
 			case <-e.settle:
 			}
 		}
+	}
+}
+
+// patience is how long other files wait for one whose lower layer is slow.
+const patience = time.Second
+
+// patiently puts f on disk, and waits for that, but not for ever: f may have to fetch blocks from a layer that answers
+// slowly or not at all, and no other file depends on that.
+func (e *Engine) patiently(f *File, work func(*File)) {
+	if !f.Sketch() { // nothing to fetch
+		work(f)
+		return
+	}
+	done := make(chan struct{})
+	e.wg.Go(func() {
+		defer close(done)
+		work(f)
+	})
+	select {
+	case <-done:
+	case <-time.After(patience):
 	}
 }
 
@@ -121,9 +143,10 @@ func (e *Engine) nextSettled(commitAt time.Time) (files []*File, wait time.Durat
 
 // commitOpen commits a file that may be in use, so that a power cut costs it no more than CommitInterval.
 func (e *Engine) commitOpen(f *File) {
-	if !f.Sketch() || f.nameless.Load() {
-		return
+	if !f.Sketch() || f.nameless.Load() || f.committing.Swap(true) {
+		return // it is still at it
 	}
+	defer f.committing.Store(false)
 	wrote, err := f.commitNew()
 	if wrote {
 		e.commits.Add(1)

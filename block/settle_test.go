@@ -332,3 +332,31 @@ func TestCloseDuringFill(t *testing.T) {
 		}
 	}
 }
+
+// A file whose lower layer does not answer keeps no other file from the disk.
+func TestSlowLowerDelaysNobodyElse(t *testing.T) {
+	e := newEngine(t, Options{SettleDelay: time.Hour, CommitInterval: 10 * time.Millisecond, CaW: CaWLazy})
+	answer := make(chan struct{})
+	slow := &memLower{data: testContent(200_000), mtime: 5, fail: func(int64) error { <-answer; return nil }}
+	quick := &memLower{data: testContent(200_000), mtime: 5}
+	stuck := newCrashStore(nil).sketch(t, e, slow)
+	if _, err := stuck.WriteAt([]byte("partial"), 5000); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(50 * time.Millisecond) // the settler is at it
+	store := newCrashStore(nil)
+	f := store.sketch(t, e, quick)
+	if _, err := f.WriteAt([]byte("partial"), 5000); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() bool { return e.Stats().Commits > 0 })
+	if m := store.power(); m.header == nil {
+		t.Error("the other file was not committed")
+	}
+	close(answer)
+	for _, f := range []*File{stuck, f} {
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
