@@ -128,7 +128,25 @@ func serve(t testing.TB, c carrier, fs fuse.RawFileSystem, change ...func(*fuse.
 
 func tryServe(t testing.TB, c carrier, fs fuse.RawFileSystem, change ...func(*fuse.MountOptions)) (*mounted, error) {
 	t.Helper()
-	m := &mounted{dir: t.TempDir(), log: &logLines{}, ended: make(chan struct{}), t: t}
+	m, err := mountOn(t.TempDir(), c, fs, change...)
+	if err != nil {
+		return nil, err
+	}
+	m.t = t
+	t.Cleanup(func() {
+		if !m.gone {
+			m.unmount()
+		}
+		if t.Failed() {
+			t.Logf("%v's log: %s", c, m.log)
+		}
+	})
+	return m, nil
+}
+
+// mountOn mounts fs on a directory until the caller unmounts it.
+func mountOn(dir string, c carrier, fs fuse.RawFileSystem, change ...func(*fuse.MountOptions)) (*mounted, error) {
+	m := &mounted{dir: dir, log: &logLines{}, ended: make(chan struct{})}
 	opts := &fuse.MountOptions{MaxWrite: 1 << 20, Name: "test", FsName: "test", DisableSplice: true, MaxBackground: 64,
 		Logger: log.New(m.log, "", 0)}
 	for _, f := range change {
@@ -173,14 +191,6 @@ func tryServe(t testing.TB, c carrier, fs fuse.RawFileSystem, change ...func(*fu
 			m.conn.Wait()
 		}
 	}()
-	t.Cleanup(func() {
-		if !m.gone {
-			m.unmount()
-		}
-		if t.Failed() {
-			t.Logf("%v's log: %s", c, m.log)
-		}
-	})
 	return m, nil
 }
 

@@ -1,0 +1,225 @@
+package uring
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// What is about where threads may run: servers that have fewer CPUs than their clients, CPUs that come and go, and
+// processes that may not have rings at all.
+
+// guest is a server in a process of its own.
+type guest struct {
+	dir                            string
+	threads, pinned, queues, depth int
+	stop                           func()
+}
+
+// startGuest starts an actor that serves, and ends it with the test.
+func startGuest(t *testing.T, prepare func(*exec.Cmd)) *guest {
+	t.Helper()
+	g := &guest{dir: t.TempDir()}
+	cmd := actor(-1, "server", g.dir)
+	prepare(cmd)
+	stdin, err := cmd.StdinPipe()
+	must(t, err)
+	stdout, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	line := make(chan string, 1)
+	go func() {
+		s, _ := bufio.NewReader(stdout).ReadString('\n')
+		line <- s
+	}()
+	g.stop = func() {
+		stdin.Close()
+		done := make(chan error, 1)
+		go func() { done <- cmd.Wait() }()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("the server's end: %v", err)
+			}
+		case <-time.After(20 * time.Second):
+			_ = cmd.Process.Kill()
+			t.Error("the server does not end")
+		}
+		_ = unix.Unmount(g.dir, unix.MNT_DETACH) // if it has failed to
+	}
+	t.Cleanup(func() { g.stop() })
+	select {
+	case s := <-line:
+		if _, err := fmt.Sscanf(s, "serving %d %d %d %d", &g.threads, &g.pinned, &g.queues, &g.depth); err != nil {
+			t.Fatalf("the server says %q: %v", s, err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("the server does not begin")
+	}
+	return g
+}
+
+// A server that may use one CPU answers clients on all of them.
+func TestServerOnOneCPU(t *testing.T) {
+	all := cpus(t)
+	for _, cpu := range all {
+		t.Run(fmt.Sprint("taskset/", cpu), func(t *testing.T) {
+			servesEverybody(t, all, startGuest(t, func(cmd *exec.Cmd) {
+				cmd.Args = append([]string{"taskset", "-c", fmt.Sprint(cpu)}, cmd.Path)
+				taskset, err := exec.LookPath("taskset")
+				must(t, err)
+				cmd.Path = taskset
+			}))
+		})
+		t.Run(fmt.Sprint("cpuset/", cpu), func(t *testing.T) {
+			group := cpuset(t, cpu)
+			servesEverybody(t, all, startGuest(t, func(cmd *exec.Cmd) {
+				cmd.Args = []string{"sh", "-c", `echo $$ >"$1" && exec "$2"`, "sh", filepath.Join(group, "cgroup.procs"), cmd.Path}
+				cmd.Path = "/bin/sh"
+			}))
+		})
+	}
+}
+
+func servesEverybody(t *testing.T, all []int, g *guest) {
+	t.Helper()
+	if want := g.depth; g.pinned != want {
+		t.Errorf("%d threads are pinned, want %d: those of one CPU", g.pinned, want)
+	}
+	if len(all) > 1 && g.threads != 2*g.depth {
+		t.Errorf("%d threads, want %d for the one CPU and as many for all others", g.threads, g.depth)
+	}
+	for _, cpu := range all {
+		acted(t, cpu, fmt.Sprint("a client on CPU ", cpu), "fast", g.dir)
+	}
+}
+
+// cpuset makes a control group with one CPU, of whichever version of control groups there is.
+func cpuset(t *testing.T, cpu int) string {
+	t.Helper()
+	root := "/sys/fs/cgroup/cpuset" // version 1
+	if _, err := os.Stat(root + "/cpuset.cpus"); err != nil {
+		root = "/sys/fs/cgroup" // version 2
+		_ = os.WriteFile(root+"/cgroup.subtree_control", []byte("+cpuset"), 0)
+	}
+	dir := filepath.Join(root, fmt.Sprintf("lamina-test-%d-%d", os.Getpid(), cpu))
+	must(t, os.Mkdir(dir, 0o755))
+	t.Cleanup(func() {
+		eventually(t, "the control group is empty", func() bool { return os.Remove(dir) == nil })
+	})
+	must(t, os.WriteFile(dir+"/cpuset.cpus", []byte(fmt.Sprint(cpu)), 0))
+	must(t, os.WriteFile(dir+"/cpuset.mems", []byte("0"), 0))
+	return dir
+}
+
+// A CPU that goes and comes back takes no mount with it, neither one from before nor one that began meanwhile.
+func TestCPUComesAndGoes(t *testing.T) {
+	all := cpus(t)
+	last := all[len(all)-1]
+	knob := fmt.Sprintf("/sys/devices/system/cpu/cpu%d/online", last)
+	if _, err := os.Stat(knob); err != nil || len(all) < 2 {
+		t.Skipf("this machine has no CPU that can be switched off (%v)", err)
+	}
+	turn := func(on string) { must(t, os.WriteFile(knob, []byte(on), 0)) }
+	t.Cleanup(func() { turn("1") })
+	before := startGuest(t, func(*exec.Cmd) {})
+	acted(t, last, "a client before", "fast", before.dir)
+	turn("0")
+	acted(t, all[0], "a client of the older mount meanwhile", "fast", before.dir)
+	meanwhile := startGuest(t, func(*exec.Cmd) {})
+	acted(t, all[0], "a client meanwhile", "fast", meanwhile.dir)
+	turn("1")
+	for _, dir := range []string{before.dir, meanwhile.dir} {
+		for _, cpu := range []int{all[0], last} {
+			acted(t, cpu, fmt.Sprint("a client afterwards on CPU ", cpu), "fast", dir)
+		}
+	}
+}
+
+// A process that a seccomp filter keeps from io_uring is told so.
+func TestForbidden(t *testing.T) {
+	cmd := actor(-1, "unringed")
+	if out, err := cmd.Output(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+func init() { actors["unringed"] = func([]string) error { return actUnringed() } }
+
+func actUnringed() error {
+	before := takeStock()
+	if err := forbidRings(); err != nil {
+		return err
+	}
+	_, err := Open()
+	if !errors.Is(err, ErrNotSupported) {
+		return fmt.Errorf("Open: %v, want ErrNotSupported", err)
+	}
+	for _, word := range []string{"forbidden", "kernel.io_uring_disabled", "seccomp"} {
+		if !strings.Contains(err.Error(), word) {
+			return fmt.Errorf("%q does not say %q", err, word)
+		}
+	}
+	return before.settled()
+}
+
+// forbidRings has every thread of the process get EPERM from io_uring_setup(2), as container engines' profiles do.
+func forbidRings() error {
+	const (
+		load, jumpIfEqual, answer = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, unix.BPF_RET | unix.BPF_K
+		allow, refuse             = 0x7fff0000, 0x00050000 | uint32(unix.EPERM)
+	)
+	filter := []unix.SockFilter{
+		{Code: load, K: 0}, // the system call's number
+		{Code: jumpIfEqual, Jt: 0, Jf: 1, K: unix.SYS_IO_URING_SETUP},
+		{Code: answer, K: refuse},
+		{Code: answer, K: allow},
+	}
+	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return err
+	}
+	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&prog)))
+	if errno != 0 {
+		return fmt.Errorf("seccomp: %w", errno)
+	}
+	return nil
+}
+
+// A connection whose threads cannot serve it goes on over /dev/fuse: the kernel has been promised io_uring in INIT, and
+// is told otherwise.
+func TestRefusedConnectionGoesOnOverDev(t *testing.T) {
+	pool, err := Open()
+	must(t, err)
+	defer pool.Close()
+	fs := newMemFS()
+	fs.file("fast", pattern(1, 5000))
+	dir := t.TempDir()
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	must(t, err)
+	must(t, unix.Mount("test", dir, "fuse.test", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fd)))
+	opts := &fuse.MountOptions{MaxWrite: 1 << 20, Name: "test", DisableSplice: true, ExtraCapabilities: fuse.CAP_OVER_IO_URING}
+	server, err := fuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", fd), opts)
+	must(t, err)
+	// Payloads that are too small for the largest request: the kernel refuses every entry.
+	small := *opts
+	small.MaxWrite = 8192
+	if _, err := pool.Serve(fd, fs, Options{Mount: &small, Init: server.KernelSettings()}); !errors.Is(err, ErrNotSupported) {
+		t.Errorf("Serve: %v, want ErrNotSupported", err)
+	}
+	ended := make(chan struct{})
+	go func() { defer close(ended); server.Serve() }()
+	acted(t, -1, "requests over /dev/fuse", "fast", dir)
+	must(t, unix.Unmount(dir, 0))
+	within(t, 20*time.Second, "the end of the server", ended)
+}
