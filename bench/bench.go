@@ -142,6 +142,11 @@ func (l *Lab) perform() error {
 		err = errors.Join(err, os.RemoveAll(dir))
 	}
 	l.kept = nil
+	for _, g := range l.grounds {
+		if trimErr := g.trim(l.ctx); trimErr != nil && l.ctx.Err() == nil {
+			err = errors.Join(err, fmt.Errorf("afterwards: %w", trimErr))
+		}
+	}
 	if l.ctx.Err() != nil {
 		err = errors.Join(l.ctx.Err(), err)
 	} else if err != nil {
