@@ -18,6 +18,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -41,7 +43,15 @@ const (
 	writers = 3
 )
 
-func TestMain(m *testing.M) { mnt.Main(m) }
+func TestMain(m *testing.M) {
+	if v, ok := os.LookupEnv(clientEnv); ok {
+		number, dir, _ := strings.Cut(v, ":")
+		id, _ := strconv.Atoi(number)
+		runClient(dir, id)
+		return
+	}
+	mnt.Main(m)
+}
 
 func TestKilledServer(t *testing.T) {
 	if mnt.Subject() != rival.Lamina {
