@@ -83,6 +83,11 @@ var (
 	XattrEscape = Feature{Name: "escaped overlay xattrs", Version: [2]int{6, 7}, Probe: onOverlay(func(merged string) error {
 		return unix.Setxattr(merged, "trusted.overlay.probe", []byte("y"), 0)
 	})}
+	// FuseUring: FUSE requests over io_uring, whether it is switched on or not.
+	FuseUring = Feature{Name: "FUSE over io_uring", Version: [2]int{6, 14}, Probe: func(string) error {
+		_, err := os.Stat("/sys/module/fuse/parameters/enable_uring")
+		return err
+	}}
 	// Passthrough: FUSE hands reads and writes to a backing file.
 	Passthrough = Feature{Name: "FUSE passthrough", Version: [2]int{6, 9}, Probe: func(string) error {
 		v, err := Kernel()

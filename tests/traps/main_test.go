@@ -21,7 +21,13 @@ import (
 	"lamina/tests/mnt"
 )
 
-func TestMain(m *testing.M) { mnt.Main(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(unringedEnv) != "" {
+		fmt.Fprintln(os.Stderr, runUnringed())
+		os.Exit(1)
+	}
+	mnt.Main(m)
+}
 
 const block = 4096
 
