@@ -52,6 +52,14 @@ type handler struct {
 }
 
 func newHandler(fs fuse.RawFileSystem, opt Options) (*handler, error) {
+	switch {
+	case opt.Mount.SingleThreaded:
+		return nil, fmt.Errorf("%w: MountOptions.SingleThreaded: requests come on many threads", ErrNotSupported)
+	case opt.Mount.EnableLocks:
+		// Who waits for a lock keeps an entry meanwhile, and no INTERRUPT reaches him: some that wait on one CPU would keep
+		// the lock's owner there from giving it back.
+		return nil, fmt.Errorf("%w: MountOptions.EnableLocks: a request may wait for ever", ErrNotSupported)
+	}
 	h := &handler{fs: fs, rest: fuse.NewProtocolServer(fs, opt.Mount), opts: opt.Mount, log: opt.Mount.Logger, cancel: make(chan struct{})}
 	h.reader, _ = fs.(Reader)
 	if h.log == nil {

@@ -196,30 +196,37 @@ func forbidRings() error {
 	return nil
 }
 
-// A connection whose threads cannot serve it goes on over /dev/fuse: the kernel has been promised io_uring in INIT, and
-// is told otherwise.
+// A connection that cannot be served over io_uring goes on over /dev/fuse, whoever finds out, and when: the kernel has been
+// promised io_uring in INIT, holds every request back, and must be told otherwise.
 func TestRefusedConnectionGoesOnOverDev(t *testing.T) {
-	pool, err := Open()
-	must(t, err)
-	defer pool.Close()
-	fs := newMemFS()
-	fs.file("fast", pattern(1, 5000))
-	dir := t.TempDir()
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	must(t, err)
-	must(t, unix.Mount("test", dir, "fuse.test", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fd)))
-	opts := &fuse.MountOptions{MaxWrite: 1 << 20, Name: "test", DisableSplice: true, ExtraCapabilities: fuse.CAP_OVER_IO_URING}
-	server, err := fuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", fd), opts)
-	must(t, err)
-	// Payloads that are too small for the largest request: the kernel refuses every entry.
-	small := *opts
-	small.MaxWrite = 8192
-	if _, err := pool.Serve(fd, fs, Options{Mount: &small, Init: server.KernelSettings()}); !errors.Is(err, ErrNotSupported) {
-		t.Errorf("Serve: %v, want ErrNotSupported", err)
+	for name, spoil := range map[string]func(*fuse.MountOptions){
+		"the kernel, because buffers are too small": func(o *fuse.MountOptions) { o.MaxWrite = 8192 },
+		"us, because of SingleThreaded":             func(o *fuse.MountOptions) { o.SingleThreaded = true },
+		"us, because of EnableLocks":                func(o *fuse.MountOptions) { o.EnableLocks = true },
+	} {
+		t.Run(name, func(t *testing.T) {
+			pool, err := Open()
+			must(t, err)
+			defer pool.Close()
+			fs := newMemFS()
+			fs.file("fast", pattern(1, 5000))
+			dir := t.TempDir()
+			fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+			must(t, err)
+			must(t, unix.Mount("test", dir, "fuse.test", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fd)))
+			opts := &fuse.MountOptions{MaxWrite: 1 << 20, Name: "test", DisableSplice: true, ExtraCapabilities: fuse.CAP_OVER_IO_URING}
+			server, err := fuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", fd), opts)
+			must(t, err)
+			spoilt := *opts
+			spoil(&spoilt)
+			if _, err := pool.Serve(fd, fs, Options{Mount: &spoilt, Init: server.KernelSettings()}); !errors.Is(err, ErrNotSupported) {
+				t.Errorf("Serve: %v, want ErrNotSupported", err)
+			}
+			ended := make(chan struct{})
+			go func() { defer close(ended); server.Serve() }()
+			acted(t, -1, "requests over /dev/fuse", "fast", dir)
+			must(t, unix.Unmount(dir, 0))
+			within(t, 20*time.Second, "the end of the server", ended)
+		})
 	}
-	ended := make(chan struct{})
-	go func() { defer close(ended); server.Serve() }()
-	acted(t, -1, "requests over /dev/fuse", "fast", dir)
-	must(t, unix.Unmount(dir, 0))
-	within(t, 20*time.Second, "the end of the server", ended)
 }
