@@ -50,7 +50,9 @@ func (t *devTransport) overRings(rings *uring.Pool, fd int, opt *Options) (trans
 	if err = opt.withoutRings(err); err == nil {
 		return t, nil
 	}
-	return nil, errors.Join(err, t.detach())
+	err = errors.Join(err, t.detach())
+	go t.Serve() // ends when the last who has come in meanwhile is gone, and closes the connection
+	return nil, err
 }
 
 func (t *uringTransport) name() string { return "uring" }
