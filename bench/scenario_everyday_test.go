@@ -100,7 +100,7 @@ func TestCompileInTree(t *testing.T) {
 func TestDatabases(t *testing.T) {
 	contenders := []string{"plain", "overlayfs", "lamina"}
 	o := bench(t, t.Context(), Config{Dir: reachable(t)},
-		measuring("database", func(l *Lab) error { return runDatabases(l, mib, 2*time.Second) }, contenders...))
+		measuring("database", func(l *Lab) error { return runDatabases(l, mib, time.Second) }, contenders...))
 	wantCases(t, o, 0, contenders, []string{caseSQLite, caseMariaDB})
 	wantCases(t, o, 1, contenders, []string{caseSQLite, caseSQLiteWAL, caseMariaDB})
 	wantCases(t, o, 3, contenders[1:], []string{caseSQLite, caseMariaDB})
@@ -176,7 +176,7 @@ func TestLetIn(t *testing.T) {
 	}
 }
 
-func TestSysbenchRates(t *testing.T) {
+func TestParseSysbench(t *testing.T) {
 	const out = `Threads started!
 
 [ 1s ] thds: 4 tps: 627.04 qps: 12573.70 (r/w/o: 8807.47/2508.16/1258.07) lat (ms,95%): 14.21 err/s: 0.00 reconn/s: 0.00
@@ -184,11 +184,13 @@ func TestSysbenchRates(t *testing.T) {
 SQL statistics:
     transactions:                        2813   (702.19 per sec.)
 `
-	if got, err := sysbenchRates(out); err != nil || !slices.Equal(got, []float64{627.04, 0}) {
-		t.Errorf("%v, %v", got, err)
+	if got, err := parseSysbench(out); err != nil || !slices.Equal(got.rates, []float64{627.04, 0}) || got.transactions != 2813 {
+		t.Errorf("%+v, %v", got, err)
 	}
-	if _, err := sysbenchRates("[ 1s ] thds: 4 tps: many qps: 1\n"); err == nil {
-		t.Error("a rate that is no number passed")
+	for _, wrong := range []string{"[ 1s ] thds: 4 tps: many qps: 1\n", "    transactions:   some  (1 per sec.)\n"} {
+		if _, err := parseSysbench(wrong); err == nil {
+			t.Errorf("%q passed", wrong)
+		}
 	}
 }
 
