@@ -300,17 +300,22 @@ func (u *Union) Quiet() error {
 	if !u.Contender.IsLamina() {
 		return nil
 	}
+	giveUp := time.After(u.lab.patience())
 	for {
 		st, err := u.status()
-		if err != nil {
+		switch {
+		case err != nil:
 			return err
-		}
-		if st.Queue == 0 && (st.Blocks.InTransit == 0 || st.CaW == "lazy") {
+		case st.Errors > 0:
+			return fmt.Errorf("%d errors in the background of %s: lamina status tells the log", st.Errors, u.Dir)
+		case st.Queue == 0 && (st.Blocks.InTransit == 0 || st.CaW == "lazy"):
 			return nil
 		}
 		select {
 		case <-u.lab.ctx.Done():
 			return u.lab.ctx.Err()
+		case <-giveUp:
+			return fmt.Errorf("after %v there are still %d blocks to copy", u.lab.patience(), st.Blocks.InTransit)
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
@@ -323,6 +328,7 @@ type laminaStatus struct {
 	CaW         string `json:"caw"`
 	Format      string `json:"format"`
 	Queue       int    `json:"queue"`
+	Errors      int64  `json:"errors"`
 	Blocks      struct {
 		InTransit int64 `json:"in_transit"`
 	} `json:"blocks"`
