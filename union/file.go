@@ -391,7 +391,7 @@ func (h *Handle) Sync(dataOnly bool) error {
 	if c.file == nil {
 		return nil
 	}
-	if err := c.file.Sync(); err != nil {
+	if err := c.file.Sync(dataOnly); err != nil {
 		return err
 	}
 	return h.n.fs.syncUp(h.n)
