@@ -27,6 +27,7 @@ type Store interface {
 	Fallocate(mode uint32, off, n int64) error
 	Seek(off int64, whence int) (int64, error) // unix.SEEK_DATA, unix.SEEK_HOLE only
 	Sync() error                               // data, size and attributes (fsync)
+	SyncData() error                           // data, and what it takes to find them (fdatasync)
 	Header() ([]byte, error)                   // the header attribute; nil, nil if there is none
 	SetHeader(b []byte) error
 	RemoveHeader() error

@@ -7,18 +7,19 @@ import (
 )
 
 // Sync completes the InTransit blocks and puts data, table, header and size on disk, in this order. Blocks that cannot
-// be completed do not keep the others from the disk; their error is returned.
-func (f *File) Sync() error {
+// be completed do not keep the others from the disk; their error is returned. With dataOnly, the owner, the mode and the
+// times need not survive, as in fdatasync(2): where no blocks are new that saves the filesystem a transaction.
+func (f *File) Sync(dataOnly bool) error {
 	f.commitMu.Lock()
 	defer f.commitMu.Unlock()
 	if f.closed.Load() {
 		return unix.EBADF
 	}
-	synced, err := f.commitLocked()
+	synced, err := f.commitLocked(dataOnly)
 	if synced || f.broken != nil {
 		return err
 	}
-	return errors.Join(err, f.syncStore())
+	return errors.Join(err, f.syncStore(dataOnly))
 }
 
 // commit puts what is not yet there on disk. A file that has nothing new is left alone.
@@ -34,13 +35,15 @@ func (f *File) commitNew() (wrote bool, err error) {
 	if f.closed.Load() {
 		return false, nil
 	}
-	return f.commitLocked()
+	return f.commitLocked(true)
 }
 
-// commitLocked is commit with commitMu held. synced: everything written before the call is on disk.
+// commitLocked is commit with commitMu held. synced: everything written before the call is on disk, with dataOnly except
+// for what only concerns the inode.
 //
-// The order is the whole point: a table entry reaches the disk only after the bytes that it speaks for.
-func (f *File) commitLocked() (synced bool, err error) {
+// The order is the whole point: a table entry reaches the disk only after the bytes that it speaks for. The table is data
+// of the upper file; the header is not, so that where it changes the second sync is a full one (syncStore).
+func (f *File) commitLocked(dataOnly bool) (synced bool, err error) {
 	if f.provisional.Load() {
 		return f.commitWhole()
 	}
@@ -63,37 +66,42 @@ func (f *File) commitLocked() (synced bool, err error) {
 	if err := f.coverLeaves(); err != nil {
 		return false, errors.Join(copyErr, err)
 	}
-	if err := f.syncStore(); err != nil {
+	if err := f.syncStore(true); err != nil {
 		return false, errors.Join(copyErr, err)
 	}
 	if whole {
 		if err := f.finish(); err != nil {
 			return false, errors.Join(copyErr, err)
 		}
-		return true, errors.Join(copyErr, f.syncStore())
+		return true, errors.Join(copyErr, f.syncStore(false))
 	}
 	if err := f.writeTable(size, dirty); err != nil {
 		return false, errors.Join(copyErr, err)
 	}
-	return true, errors.Join(copyErr, f.syncStore())
+	return true, errors.Join(copyErr, f.syncStore(dataOnly))
 }
 
-// syncStore is Store.Sync unless the mount is volatile. Once it has failed nothing says what the disk holds: the table
-// does not advance any more, and every later Sync fails too.
-func (f *File) syncStore() error {
+// syncStore is Store.Sync, or SyncData if that will do, unless the mount is volatile. Once it has failed nothing says what the disk holds:
+// the table does not advance any more, and every later Sync fails too.
+func (f *File) syncStore(dataOnly bool) error {
 	if f.e.opts.Volatile {
 		return nil
 	}
 	if f.broken != nil {
 		return f.broken
 	}
-	if err := f.s.Sync(); err != nil {
+	sync, full := f.s.Sync, true
+	if dataOnly && f.attrsSynced { // what fdatasync need not write may be our header
+		sync, full = f.s.SyncData, false
+	}
+	if err := sync(); err != nil {
 		f.e.fail("syncing the upper file of inode %d: %v", f.ino(), err)
 		if f.Sketch() {
 			f.broken = err
 		}
 		return err
 	}
+	f.attrsSynced = f.attrsSynced || full
 	return nil
 }
 
@@ -214,6 +222,7 @@ func (f *File) becomePlain() error {
 			return err
 		}
 	}
+	f.attrsSynced = false
 	if err := f.s.RemoveHeader(); err != nil {
 		return err
 	}

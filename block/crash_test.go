@@ -311,7 +311,7 @@ func (c *crasher) step() {
 		err = c.f.Fallocate(punch, int64(off), int64(n))
 	case 8, 9, 10:
 		c.what, changes = "sync", false
-		if err = c.f.Sync(); err == nil {
+		if err = c.f.Sync(n%2 == 0); err == nil {
 			c.h.sync()
 		}
 	case 11:
@@ -427,7 +427,7 @@ func (c *crasher) lookAt(m *image) {
 	if _, err := f.WriteAt(p, int64(len(want)/2)); err != nil {
 		fail("writing: %v", err)
 	}
-	if err := f.Sync(); err != nil {
+	if err := f.Sync(false); err != nil {
 		fail("sync: %v", err)
 	}
 	f2, err := e.Open(newCrashStore(s.synced), c.low.open)
@@ -463,7 +463,7 @@ func TestLeafLostBeforeItsPage(t *testing.T) {
 		}
 		return n, nil
 	}
-	if err := f.Sync(); !errors.Is(err, unix.EIO) {
+	if err := f.Sync(false); !errors.Is(err, unix.EIO) {
 		t.Fatalf("sync: %v, want the power cut", err)
 	}
 	m := store.synced.clone()

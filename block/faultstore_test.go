@@ -82,6 +82,7 @@ func (m *image) cutTail() {
 // new contents of one sector (which reach it or not, each for itself).
 type change struct {
 	meta       func(*image)
+	header     bool     // it changes attributes only
 	discards   [2]int64 // the bytes whose blocks a metadata operation frees
 	off        int64    // of the sector
 	sector     []byte
@@ -308,6 +309,31 @@ func (s *crashStore) Sync() error {
 	return s.change("sync", func() { s.synced, s.log, s.metas = s.live.clone(), nil, 0 })
 }
 
+// SyncData leaves to chance the attributes that changed after the last thing that it does put on disk.
+func (s *crashStore) SyncData() error {
+	return s.change("sync", func() {
+		last := -1
+		for i, c := range s.log {
+			if c.meta != nil && !c.header {
+				last = i
+			}
+		}
+		attrs := &image{header: s.synced.header, origin: s.synced.origin}
+		var left []change
+		for i, c := range s.log {
+			switch {
+			case c.header && i < last:
+				c.meta(attrs)
+			case c.header:
+				c.metaBefore = 0
+				left = append(left, c)
+			}
+		}
+		s.synced, s.log, s.metas = s.live.clone(), left, len(left)
+		s.synced.header, s.synced.origin = attrs.header, attrs.origin
+	})
+}
+
 func (s *crashStore) Header() ([]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -315,15 +341,22 @@ func (s *crashStore) Header() ([]byte, error) {
 }
 
 func (s *crashStore) SetHeader(b []byte) error {
-	return s.change("header", func() { s.meta([2]int64{}, func(m *image) { m.header = b }) })
+	return s.attribute(func(m *image) { m.header = b })
 }
 
 func (s *crashStore) RemoveHeader() error {
-	return s.change("header", func() { s.meta([2]int64{}, func(m *image) { m.header = nil }) })
+	return s.attribute(func(m *image) { m.header = nil })
 }
 
 func (s *crashStore) SetOrigin(b []byte) error {
-	return s.change("header", func() { s.meta([2]int64{}, func(m *image) { m.origin = b }) })
+	return s.attribute(func(m *image) { m.origin = b })
+}
+
+func (s *crashStore) attribute(op func(*image)) error {
+	return s.change("header", func() {
+		s.meta([2]int64{}, op)
+		s.log[len(s.log)-1].header = true
+	})
 }
 
 func (s *crashStore) SetTimes(_, mtime unix.Timespec) error {

@@ -34,10 +34,11 @@ type File struct {
 		failed error // why it is refused for good
 	}
 
-	commitMu sync.Mutex
-	hdr      Header // what is on disk; under commitMu. hdr.Kernel: nothing of ours is on disk yet
-	broken   error  // a failed fsync or the like: nothing says any more what the disk holds; under commitMu
-	fullTo   int64  // regions below this one are all Upper; under commitMu
+	commitMu    sync.Mutex
+	hdr         Header // what is on disk; under commitMu. hdr.Kernel: nothing of ours is on disk yet
+	attrsSynced bool   // no attribute of ours has changed since the last full sync; under commitMu
+	broken      error  // a failed fsync or the like: nothing says any more what the disk holds; under commitMu
+	fullTo      int64  // regions below this one are all Upper; under commitMu
 
 	shape     sync.RWMutex
 	format    Format // constant

@@ -56,7 +56,7 @@ func TestSpace(t *testing.T) {
 				t.Errorf("an empty sketch allocates %d bytes", n)
 			}
 			r.write([]byte{'x'}, 777_777_777)
-			if err := r.f.Sync(); err != nil {
+			if err := r.f.Sync(false); err != nil {
 				t.Fatal(err)
 			}
 			r.logSpace("1 byte")
@@ -71,7 +71,7 @@ func TestSpace(t *testing.T) {
 			for i := range 1000 {
 				r.write(p, int64(rnd.IntN(1<<18))*4096)
 				if i%300 == 0 { // both slots of the table pages get used
-					if err := r.f.Sync(); err != nil {
+					if err := r.f.Sync(false); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -115,14 +115,14 @@ func TestCompletionInPlace(t *testing.T) {
 	r := newRig(t, Options{}, want)
 	r.write([]byte("partial"), 5000)
 	copy(want[5000:], "partial")
-	if err := r.f.Sync(); err != nil {
+	if err := r.f.Sync(false); err != nil {
 		t.Fatal(err)
 	}
 	if _, ok := r.f.Plain(); ok {
 		t.Error("a sketch is called plain")
 	}
 	r.write(want, 0)
-	if err := r.f.Sync(); err != nil {
+	if err := r.f.Sync(false); err != nil {
 		t.Fatal(err)
 	}
 	if _, ok := r.f.Plain(); !ok || r.f.Sketch() {
@@ -198,13 +198,13 @@ func TestMoveTable(t *testing.T) {
 			r := newRig(t, Options{Format: format, CaW: CaWLazy}, want)
 			r.write([]byte("x"), 50)
 			want[50] = 'x'
-			if err := r.f.Sync(); err != nil {
+			if err := r.f.Sync(false); err != nil {
 				t.Fatal(err)
 			}
 			before := r.f.hdr.TablePos
 			end := r.f.bound + 1_500_000
 			r.write([]byte("far away"), end)
-			if err := r.f.Sync(); err != nil {
+			if err := r.f.Sync(false); err != nil {
 				t.Fatal(err)
 			}
 			if r.f.hdr.TablePos == before {
@@ -377,7 +377,7 @@ func TestStat(t *testing.T) {
 		t.Errorf("size %d, %d blocks, %v", st.Size, st.Blocks, err)
 	}
 	r.write([]byte("x"), 500)
-	if err := r.f.Sync(); err != nil {
+	if err := r.f.Sync(false); err != nil {
 		t.Fatal(err)
 	}
 	if st, err = r.f.Stat(); err != nil || st.Size != 100_000 {
@@ -453,7 +453,7 @@ func TestCheckWithoutLower(t *testing.T) {
 	everyFormat(t, func(t *testing.T, o Options) {
 		r := newRig(t, o, testContent(100_000))
 		r.write([]byte("partial"), 5000)
-		if err := r.f.Sync(); err != nil {
+		if err := r.f.Sync(false); err != nil {
 			t.Fatal(err)
 		}
 		for _, repair := range []bool{false, true} {

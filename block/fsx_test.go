@@ -61,7 +61,7 @@ func (x *fsx) step() {
 		x.must("truncate", x.f.Truncate(int64(off)))
 		x.resize(off)
 	case 12:
-		x.must("sync", x.f.Sync())
+		x.must("sync", x.f.Sync(false))
 	case 13:
 		x.reopen()
 	case 14:
@@ -251,7 +251,7 @@ func TestFsxParallel(t *testing.T) {
 				if i%3 == 2 {
 					err = r.f.Complete()
 				} else {
-					err = r.f.Sync()
+					err = r.f.Sync(false)
 				}
 				if err != nil {
 					t.Errorf("sync: %v", err)

@@ -166,10 +166,10 @@ func FuzzOpenHostileSketch(f *testing.F) {
 		x.ReadAt(make([]byte, 10_000), at)
 		x.WriteAt(make([]byte, 5000), min(at, size))
 		x.Seek(0, unix.SEEK_HOLE)
-		x.Sync()
+		x.Sync(false)
 		x.Truncate(size / 2)
 		x.Truncate(size/2 + 10_000)
-		x.Sync()
+		x.Sync(false)
 		if err := x.Close(); err != nil {
 			x.Abandon()
 		}

@@ -36,7 +36,7 @@ func kernelReads(t *testing.T, option string, format Format) {
 	r.lower = openLower(r.low)
 	r.init(Options{Format: format})
 	r.write([]byte("x"), 50_000)
-	if err := r.f.Sync(); err != nil {
+	if err := r.f.Sync(false); err != nil {
 		t.Fatal(err)
 	}
 

@@ -91,6 +91,7 @@ func (f *File) setHeader(h Header) error {
 			h.Ident.FS = fs.FS()
 		}
 	}
+	f.attrsSynced = false
 	if err := f.s.SetHeader(h.encode()); err != nil {
 		return err
 	}

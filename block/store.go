@@ -93,6 +93,8 @@ func (s *fdStore) Seek(off int64, whence int) (pos int64, err error) {
 
 func (s *fdStore) Sync() error { return retry(func() error { return unix.Fsync(s.FD()) }) }
 
+func (s *fdStore) SyncData() error { return retry(func() error { return unix.Fdatasync(s.FD()) }) }
+
 func (s *fdStore) Header() ([]byte, error) {
 	var buf [256]byte
 	for b := buf[:]; ; {

@@ -177,7 +177,7 @@ func TestTrapTimes(t *testing.T) {
 			t.Fatal(err)
 		}
 		same("the copy")
-		if err := r.f.Sync(); err != nil {
+		if err := r.f.Sync(false); err != nil {
 			t.Fatal(err)
 		}
 		same("the table")
@@ -277,7 +277,7 @@ func testWriteErrors(t *testing.T, format Format, op string) {
 			}
 			// What a failing write touched behind n may be old or new, as on any filesystem; here it is old.
 		case 2:
-			if err := f.Sync(); err != nil && !errors.Is(err, unix.ENOSPC) {
+			if err := f.Sync(false); err != nil && !errors.Is(err, unix.ENOSPC) {
 				t.Fatal(err)
 			}
 		case 3:
@@ -346,7 +346,7 @@ func TestCopyError(t *testing.T) {
 	if _, err := f.ReadAt(b, 4096); !errors.Is(err, broken) {
 		t.Errorf("reading the block: %v", err)
 	}
-	if err := f.Sync(); !errors.Is(err, broken) {
+	if err := f.Sync(false); !errors.Is(err, broken) {
 		t.Errorf("sync: %v", err)
 	}
 	if _, transit, upper := f.States(); transit != 1 || upper != 1 {
@@ -383,11 +383,11 @@ func TestSyncErrorIsNotForgotten(t *testing.T) {
 		}
 		return n, nil
 	}
-	if err := f.Sync(); !errors.Is(err, unix.EIO) {
+	if err := f.Sync(false); !errors.Is(err, unix.EIO) {
 		t.Errorf("first sync: %v", err)
 	}
 	store.fail = nil
-	if err := f.Sync(); !errors.Is(err, unix.EIO) {
+	if err := f.Sync(false); !errors.Is(err, unix.EIO) {
 		t.Errorf("second sync: %v", err)
 	}
 	if err := f.Abandon(); err != nil {
@@ -466,7 +466,7 @@ func TestAbandonUnderLoad(t *testing.T) {
 				}
 				late(func(i int64) error { _, err := f.WriteAt([]byte("partial"), i*4096+100); return err })
 				late(func(i int64) error { _, err := f.ReadAt(make([]byte, 5000), i*4096); return err })
-				late(func(int64) error { return f.Sync() })
+				late(func(int64) error { return f.Sync(false) })
 				late(func(i int64) error { return f.Truncate(250<<10 + i) })
 				late(func(i int64) error { return f.Fallocate(punch, i*4096+1, 5000) })
 				late(func(int64) error { // a copier whose turn began before the end
@@ -561,7 +561,7 @@ func refusedTruncation(t *testing.T, o Options, to int64, committed bool) {
 	}
 	copy(want[4096:], p)
 	if committed {
-		if err := f.Sync(); err != nil {
+		if err := f.Sync(false); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -610,7 +610,7 @@ func TestRefusedTableMove(t *testing.T) {
 	if _, err := f.WriteAt([]byte("x"), 0); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.Sync(); err != nil {
+	if err := f.Sync(false); err != nil {
 		t.Fatal(err)
 	}
 	store.fail = func(op string, n int) (int, error) {

@@ -209,7 +209,7 @@ func (f *File) moveTable(pos, npages int64) error {
 		if _, err := moved.flush(f.s); err != nil {
 			return err
 		}
-		if err := f.syncStore(); err != nil {
+		if err := f.syncStore(false); err != nil {
 			return err
 		}
 		h := f.hdr

@@ -55,13 +55,13 @@ func (f *File) commitWhole() (synced bool, err error) {
 	if f.broken != nil {
 		return false, f.broken
 	}
-	if err := f.syncStore(); err != nil {
+	if err := f.syncStore(true); err != nil {
 		return false, err
 	}
 	if err := f.dropHeader(); err != nil {
 		return false, err
 	}
-	return true, f.syncStore()
+	return true, f.syncStore(false)
 }
 
 // dropHeader is the last step of a commit: what the lower file had at CreateWhole is on disk. Bytes that were written
@@ -70,6 +70,7 @@ func (f *File) dropHeader() error {
 	if err := f.s.SetOrigin(f.hdr.Ident.Origin()); err != nil {
 		return err
 	}
+	f.attrsSynced = false
 	if err := f.s.RemoveHeader(); err != nil {
 		return err
 	}
@@ -153,9 +154,9 @@ func (e *Engine) CreateOpen(s Store, id Ident, lower func() (Lower, error)) (*Fi
 	return f, nil
 }
 
-// OpenOrdinary opens an upper file that is known to be no sketch, and owns s from then on.
+// OpenOrdinary opens an upper file that was just made and is no sketch, and owns s from then on.
 func (e *Engine) OpenOrdinary(s Store) *File {
-	f := &File{e: e, s: s}
+	f := &File{e: e, s: s, attrsSynced: true}
 	f.plain.Store(true)
 	e.register(f)
 	return f

@@ -34,7 +34,7 @@ func TestWholeIsProvisionalUntilCommitted(t *testing.T) {
 	if b, _ := s.Header(); b == nil {
 		t.Error("the header is gone before the bytes are on disk")
 	}
-	if err := f.Sync(); err != nil {
+	if err := f.Sync(false); err != nil {
 		t.Fatal(err)
 	}
 	m := s.power()
@@ -65,11 +65,11 @@ func TestWholeAfterAFailedSync(t *testing.T) {
 		}
 		return n, nil
 	}
-	if err := f.Sync(); !errors.Is(err, unix.EIO) {
+	if err := f.Sync(false); !errors.Is(err, unix.EIO) {
 		t.Errorf("sync: %v", err)
 	}
 	s.fail = nil
-	if err := f.Sync(); !errors.Is(err, unix.EIO) {
+	if err := f.Sync(false); !errors.Is(err, unix.EIO) {
 		t.Errorf("second sync: %v", err)
 	}
 	if b, _ := s.Header(); b == nil {
