@@ -20,7 +20,7 @@ var fio = Scenario{
 	Source: "",
 	Describes: "The benchmark program fio reads and writes a large file of the lower layer: sequentially and at random, through the page " +
 		"cache and past it (direct), from one and from four processes. Before buffered reads the file has been read once through the " +
-		"mount. A write writes an eighth of the file's size to a fresh mount and then syncs; its time includes the copy-up " +
+		"mount. A server in user space reads the layer through the page cache even if the program asked for direct reads. A write writes an eighth of the file's size to a fresh mount and then syncs; its time includes the copy-up " +
 		"that others do at the first open.",
 	Contenders: []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-xfs", "fuse-overlayfs", "lamina", "lamina-passthrough", "lamina-dev"},
 	Quick:      []string{"plain", "overlayfs", "lamina", "lamina-passthrough"},
