@@ -33,7 +33,7 @@ func checkMountPoint(mnt string) (string, error) {
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		return "", fmt.Errorf("mount point %s: does not exist: create it with mkdir", mnt)
-	case errors.Is(err, unix.ENOTCONN):
+	case serverGone(err):
 		return "", fmt.Errorf("mount point %s: its server is gone: take the dead mount away with lamina umount", mnt)
 	case err != nil:
 		return "", fmt.Errorf("mount point %s: %w", mnt, reason(err))
@@ -41,6 +41,12 @@ func checkMountPoint(mnt string) (string, error) {
 		return "", fmt.Errorf("mount point %s: not a directory", mnt)
 	}
 	return abs, nil
+}
+
+// serverGone recognises what the kernel answers for a mount whose server is no more, or is dying: ECONNABORTED to who asked
+// before its end, and ECANCELED to who asked over io_uring in that moment.
+func serverGone(err error) bool {
+	return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) || errors.Is(err, unix.ECANCELED)
 }
 
 // reason strips the operation and the name that os errors carry.
