@@ -152,7 +152,7 @@ func TestRefused(t *testing.T) {
 		"block_size=k":                      "power of two",
 		"block_size=9223372036854775807m":   "power of two",
 		"caw=never":                         "eager, lazy, sync",
-		"transport=uring":                   "transport=auto",
+		"transport=fast":                    "auto, uring, dev",
 		"passthrough=yes":                   "auto, on, off",
 		"max_stack_depth=3":                 "1, 2",
 		"allow_root":                        "allow_other",
