@@ -69,7 +69,7 @@ func lowerLayer(t *testing.T) (dir string, contents []byte) {
 func TestFile(t *testing.T) {
 	s := seed(t)
 	lower, contents := lowerLayer(t)
-	for i, c := range mnt.Matrix() {
+	for i, c := range mnt.Combinations() {
 		t.Run(c.String(), func(t *testing.T) {
 			x := &exerciser{
 				t: t, Rand: rand.New(rand.NewPCG(s, uint64(i))),

@@ -408,6 +408,15 @@ func Matrix() []Combination {
 	return all
 }
 
+// Combinations are those to test over the transport under test: the whole matrix over the better of those that this kernel
+// has, and a square of it over the other. What is above the transport has been tested then.
+func Combinations() []Combination {
+	if _, err := os.Stat("/sys/module/fuse/parameters/enable_uring"); err == nil && *transport == "dev" {
+		return Square()
+	}
+	return Matrix()
+}
+
 // Square is a Latin square out of the matrix: nine combinations that hold every pair of values once.
 func Square() []Combination {
 	var square []Combination
