@@ -27,15 +27,16 @@ type benchFlags struct {
 func benchCommand() *cobra.Command {
 	var f benchFlags
 	cmd := &cobra.Command{
-		Use:   "bench [--quick|--full] [--scenarios NAME[,NAME...]] [--contenders NAME[,NAME...]] [--dir DIR] [--rounds N] [--json] [--html FILE] [--strict] [--list]",
+		Use:   "bench [--quick|--full] [--scenarios NAME[,NAME...]] [--contenders NAME[,NAME...]] [--dir DIR] [--filesystem TYPE] [--rounds N] [--json] [--html FILE] [--strict] [--list]",
 		Short: "measure this program beside its rivals",
 		Long: `Measures Lamina in the same run as everything that could be used instead of it, as far as it is installed: plain files,
 kernel overlayfs in several variants, fuse-overlayfs, a reflink filesystem, btrfs snapshots. Contenders take turns; what
 is printed are medians with their spread, ratios, and the project's targets. --list shows all scenarios and contenders.
 
 It needs root. Everything happens in a directory of its own below DIR, and nothing is left behind. Where DIR's filesystem
-cannot hold an upper layer, or is an ext4 without a journal, it measures on a fresh ext4 in an image file there. Between measurements it empties the page cache of the whole machine. A contender that is missing or fails
-is named, and the rest goes on.
+cannot hold an upper layer, or is an ext4 without a journal, it measures on a fresh ext4 in an image file there. Between
+measurements it empties the page cache of the whole machine. A contender that is missing or fails is named, and the rest
+goes on.
 
 As a contender, lamina:OPTION+OPTION... is Lamina with any mount options, and overlayfs:OPTION+OPTION... kernel overlayfs.`,
 		Example: `  lamina bench --quick
@@ -109,6 +110,9 @@ func runBench(out, progress io.Writer, f *benchFlags) error {
 		err = fmt.Errorf("bench: %w", err)
 	}
 	if run == nil || len(run.Scenarios) == 0 {
+		if page != nil {
+			err = errors.Join(err, os.Remove(f.html)) // it is empty
+		}
 		return err
 	}
 	return errors.Join(err, showBench(out, page, run, f))
