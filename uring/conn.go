@@ -73,7 +73,7 @@ func (p *Pool) prepare(fd int, fs fuse.RawFileSystem, opt Options) (*Conn, error
 		unix.Close(c.fd)
 		return nil, err
 	}
-	p.retain()
+	p.threads.retain()
 	return c, nil
 }
 
@@ -202,7 +202,7 @@ func (c *Conn) gone(e *entry, errno unix.Errno) {
 		unix.Close(c.fd)
 		_ = unix.Munmap(c.memory)
 		close(c.done)
-		go release() // it may end this very thread
+		go c.pool.release() // it may end this very thread
 	}
 }
 
@@ -219,13 +219,13 @@ type Stats struct {
 	// Queues is the number of possible CPUs; Depth is how many requests of one are worked on at a time.
 	Queues int `json:"queues"`
 	Depth  int `json:"depth"`
-	// Threads serve all mounts of the process; Pinned of them stay on their CPU.
+	// Threads serve the connection, and other mounts of the process if there are many; Pinned of them stay on their CPU.
 	Threads int `json:"threads"`
 	Pinned  int `json:"pinned"`
 	// Buffers is the address space, in bytes, that the connection reserves for requests. Memory is used for what was
 	// filled lately: of each entry at most 64 KiB for longer than ten seconds.
 	Buffers int `json:"buffer_bytes"`
-	// Requests that the process's threads have carried, all mounts together.
+	// Requests that these threads have carried, all their mounts together.
 	Requests uint64 `json:"requests"`
 }
 

@@ -282,3 +282,66 @@ func TestUnmountWhileBusy(t *testing.T) {
 	m.gone = true
 	within(t, 20*time.Second, "the end of the server", m.ended)
 }
+
+// What one mount of a process waits for holds up no other, neither its requests, nor its end, nor a new one's beginning.
+func TestMountsDoNotHoldUpEachOther(t *testing.T) {
+	all := cpus(t)
+	for _, n := range []int{1, depth(len(all))} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			older, _ := gated(t, "none", 0)
+			m, g := gated(t, "getattr", n)
+			newer, _ := gated(t, "none", 0)
+			var slow []<-chan error
+			for i := range n {
+				_, done := act(t, all[0], "stat", m.path(fmt.Sprint("slow", i)))
+				slow = append(slow, done)
+				within(t, 20*time.Second, "a slow request's arrival", g.inside)
+			}
+			acted(t, all[0], "requests of an older mount", "fast", older.dir)
+			acted(t, all[0], "requests of a newer mount", "fast", newer.dir)
+			ended := make(chan struct{})
+			go func() { defer close(ended); older.unmount() }()
+			within(t, 40*time.Second, "an unmount meanwhile", ended)
+			begun := make(chan *mounted)
+			go func() { m, _ := gated(t, "none", 0); begun <- m }()
+			select {
+			case m := <-begun:
+				acted(t, all[0], "requests of a mount that began meanwhile", "fast", m.dir)
+			case <-time.After(20 * time.Second):
+				g.release()
+				t.Error("a mount meanwhile does not begin")
+			}
+			g.release()
+			for _, s := range slow {
+				within(t, 20*time.Second, "a slow request's end", s)
+			}
+		})
+	}
+}
+
+// More mounts than there may be groups of threads share them.
+func TestManyMountsShareThreads(t *testing.T) {
+	before := takeStock()
+	first := serve(t, onUring, newMemFS())
+	lanes := first.conn.Stats().Threads
+	open := []*mounted{first}
+	for range maxGroups(lanes) + 3 {
+		fs := newMemFS()
+		fs.file("fast", pattern(1, 5000))
+		open = append(open, serve(t, onUring, fs))
+	}
+	if rings := takeStock().rings - before.rings; rings > 2*lanes*maxGroups(lanes) { // a ring has two mappings
+		t.Errorf("%d mappings of rings for %d groups of %d lanes", rings, maxGroups(lanes), lanes)
+	}
+	for _, m := range open[1:] {
+		if err := fastOnes(m.dir); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, m := range open {
+		m.unmount()
+	}
+	if err := before.settled(); err != nil {
+		t.Error(err)
+	}
+}

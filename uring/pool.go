@@ -2,6 +2,7 @@ package uring
 
 import (
 	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -9,66 +10,88 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Pool is the threads that serve FUSE queues. All pools that are open at a time are the same: the mounts of a process
-// share its threads.
+// Pool is the threads that serve the FUSE queues of a connection.
 //
 // Each CPU that the process may use has Depth lanes pinned to it. The queues of all other possible CPUs, which are
 // offline or belong to others' cpusets, are served by Depth lanes that run where they may.
 //
-// A file system must not use another mount of the same process while it answers: the request could come to the lane that
-// waits for it.
+// Every pool has threads of its own, so that what one mount waits for holds up no other, until there are as many as
+// maxGroups allows. From then on pools share those of the ones that are open: a request of one mount may then come to a
+// lane that is at work for another, and waits for it. So a file system must not use another mount of the same process
+// while it answers.
 type Pool struct {
 	threads *threads
 	once    sync.Once
 }
 
+// threads is one group of lanes: all that a connection needs.
 type threads struct {
 	queues    int // one for each possible CPU
 	depth     int
 	pinned    map[int][]*lane
 	elsewhere []*lane
+	users     int // open pools, and connections
 	turn      int // which lane the next connection prefers
 	trimming  atomic.Bool
 }
 
+// shared are the groups that run in this process. Its lock also guards their users and turns.
 var shared struct {
 	sync.Mutex
-	*threads
-	users int
+	groups []*threads
 }
 
-// Open starts the threads, or finds them running. It is called before a filesystem is mounted: a kernel that has been
+// maxGroups is how many groups of so many lanes a process has at most: some 256 threads, which cost about 100 KiB of memory
+// each, but 8 groups even where there are many CPUs.
+func maxGroups(lanes int) int { return max(8, 256/lanes) }
+
+// Open starts threads, or shares those of others. It is called before a filesystem is mounted: a kernel that has been
 // promised FUSE over io_uring in INIT waits until it gets it. An error that wraps ErrNotSupported says that it cannot be
 // had here, and why.
 func Open() (*Pool, error) {
 	shared.Lock()
 	defer shared.Unlock()
-	if shared.users == 0 {
-		t, err := startThreads()
-		if err != nil {
+	t := leastUsed(shared.groups)
+	if t == nil || len(shared.groups) < maxGroups(t.lanes()) {
+		var err error
+		if t, err = startThreads(); err != nil {
 			return nil, err
 		}
-		shared.threads = t
+		shared.groups = append(shared.groups, t)
 	}
-	shared.users++
-	return &Pool{threads: shared.threads}, nil
+	t.users++
+	return &Pool{threads: t}, nil
+}
+
+func leastUsed(groups []*threads) *threads {
+	var least *threads
+	for _, t := range groups {
+		if least == nil || t.users < least.users {
+			least = t
+		}
+	}
+	return least
 }
 
 // Close ends the threads when nobody else has them open and the last connection has ended.
-func (p *Pool) Close() { p.once.Do(release) }
+func (p *Pool) Close() { p.once.Do(p.threads.release) }
 
-func (p *Pool) retain() {
+func (t *threads) retain() {
 	shared.Lock()
 	defer shared.Unlock()
-	shared.users++
+	t.users++
 }
 
-func release() {
+func (t *threads) release() {
 	shared.Lock()
-	defer shared.Unlock()
-	if shared.users--; shared.users == 0 {
-		shared.threads.stop()
-		shared.threads = nil
+	t.users--
+	last := t.users == 0
+	if last {
+		shared.groups = slices.DeleteFunc(shared.groups, func(g *threads) bool { return g == t })
+	}
+	shared.Unlock()
+	if last {
+		t.stop()
 	}
 }
 
@@ -147,6 +170,12 @@ func (t *threads) each(f func(*lane)) {
 	}
 }
 
+func (t *threads) lanes() int {
+	n := 0
+	t.each(func(*lane) { n++ })
+	return n
+}
+
 // of gives the lanes that serve a queue.
 func (t *threads) of(queue int) []*lane {
 	if lanes := t.pinned[queue]; lanes != nil {
@@ -169,7 +198,7 @@ func (t *threads) trim() {
 	t.trimming.Store(false)
 	shared.Lock()
 	defer shared.Unlock()
-	if shared.threads != t {
+	if t.users == 0 {
 		return // ended meanwhile
 	}
 	t.each(func(l *lane) {
