@@ -15,6 +15,7 @@ func (f *File) Sync(dataOnly bool) error {
 	if f.closed.Load() {
 		return unix.EBADF
 	}
+	f.bringAhead()
 	synced, err := f.commitLocked(dataOnly)
 	if synced || f.broken != nil {
 		return err

@@ -36,6 +36,7 @@ type File struct {
 
 	commitMu    sync.Mutex
 	hdr         Header // what is on disk; under commitMu. hdr.Kernel: nothing of ours is on disk yet
+	logSyncs    int    // syncs that went on where the one before ended; under commitMu
 	attrsSynced bool   // no attribute of ours has changed since the last full sync; under commitMu
 	broken      error  // a failed fsync or the like: nothing says any more what the disk holds; under commitMu
 	fullTo      int64  // regions below this one are all Upper; under commitMu
