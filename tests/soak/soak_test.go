@@ -123,7 +123,7 @@ func (c crowd) hear(limit time.Duration) (sum int, err error) {
 		select {
 		case said, ok := <-p.answers:
 			n := 0
-			if _, e := fmt.Sscanf(strings.TrimLeft(said, "loadverifd "), "%d", &n); !ok || e != nil {
+			if _, e := fmt.Sscanf(said, "done: %d", &n); !ok || e != nil {
 				err = errors.Join(err, fmt.Errorf("worker %d: %s", p.id, said))
 			}
 			sum += n

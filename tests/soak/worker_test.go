@@ -45,10 +45,10 @@ type file struct {
 
 // worker is one process of the load. It keeps a model of its own directory and obeys its parent's commands, a line each:
 //
-//	load     works until it is told to stop; says "loaded N operations"
+//	load     works until it is told to stop; says "done: N operations"
 //	stop     ends the load in order
 //	die      the server is about to be killed: the next error ends the load
-//	verify   compares the mount with the model; says "verified N files"
+//	verify   compares the mount with the model; says "done: N files"
 //
 // What is wrong it says in a line that begins with "error".
 type worker struct {
@@ -102,10 +102,10 @@ func (w *worker) obey(commands io.Reader, answers io.Writer) {
 		case "load":
 			w.ops = 0
 			err = w.load()
-			said = fmt.Sprintf("loaded %d operations", w.ops)
+			said = fmt.Sprintf("done: %d operations", w.ops)
 		case "verify":
 			err = w.verify()
-			said = fmt.Sprintf("verified %d files", len(w.files))
+			said = fmt.Sprintf("done: %d files", len(w.files))
 		default:
 			err = fmt.Errorf("no command %q", command)
 		}
