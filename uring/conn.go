@@ -74,6 +74,7 @@ func (p *Pool) prepare(fd int, fs fuse.RawFileSystem, opt Options) (*Conn, error
 		return nil, err
 	}
 	p.threads.retain()
+	p.threads.conns.Add(1)
 	return c, nil
 }
 
@@ -202,6 +203,7 @@ func (c *Conn) gone(e *entry, errno unix.Errno) {
 		unix.Close(c.fd)
 		_ = unix.Munmap(c.memory)
 		close(c.done)
+		c.pool.conns.Add(-1)
 		go c.pool.release() // it may end this very thread
 	}
 }

@@ -31,6 +31,7 @@ type threads struct {
 	pinned    map[int][]*lane
 	elsewhere []*lane
 	users     int // open pools, and connections
+	conns     atomic.Int32
 	turn      int // which lane the next connection prefers
 	trimming  atomic.Bool
 }
