@@ -319,7 +319,7 @@ func TestMountsDoNotHoldUpEachOther(t *testing.T) {
 	}
 }
 
-// More mounts than there may be groups of threads share them.
+// More mounts than there may be groups of threads share them, and what is known to take long leaves a shared lane.
 func TestManyMountsShareThreads(t *testing.T) {
 	before := takeStock()
 	first := serve(t, onUring, newMemFS())
@@ -333,12 +333,22 @@ func TestManyMountsShareThreads(t *testing.T) {
 	if rings := takeStock().rings - before.rings; rings > 2*lanes*maxGroups(lanes) { // a ring has two mappings
 		t.Errorf("%d mappings of rings for %d groups of %d lanes", rings, maxGroups(lanes), lanes)
 	}
-	for _, m := range open[1:] {
-		if err := fastOnes(m.dir); err != nil {
-			t.Error(err)
-		}
+	n := depth(len(cpus(t)))
+	m, g := gated(t, "fsync", n)
+	var slow []<-chan error
+	for i := range n {
+		_, done := act(t, cpus(t)[0], "fsync", m.path(fmt.Sprint("slow", i)))
+		slow = append(slow, done)
+		within(t, 20*time.Second, "a slow request's arrival", g.inside)
 	}
-	for _, m := range open {
+	for _, m := range open[1:] {
+		acted(t, cpus(t)[0], "requests of a mount that may share the lanes", "fast", m.dir)
+	}
+	g.release()
+	for _, s := range slow {
+		within(t, 20*time.Second, "a slow request's end", s)
+	}
+	for _, m := range append(open, m) {
 		m.unmount()
 	}
 	if err := before.settled(); err != nil {
