@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -129,13 +130,23 @@ func (r *run) all(scenarios []Scenario) error {
 	return nil
 }
 
+// attempt runs the scenario. A fault of its own costs its figures, not those of the others.
+func (l *Lab) attempt() (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("a fault of the bench: %v\n%s", r, debug.Stack())
+		}
+	}()
+	return l.scenario.Run(l)
+}
+
 // perform runs the lab's scenario, unless something that it needs is missing.
 func (l *Lab) perform() error {
 	err := l.checkNeeds()
 	if err == nil {
 		began := time.Now()
 		l.progress.step(l.scenario.Name, "", 0)
-		err = l.scenario.Run(l)
+		err = l.attempt()
 		l.progress.done(l.scenario.Name, time.Since(began))
 	}
 	for _, dir := range l.kept {

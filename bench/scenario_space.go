@@ -24,8 +24,8 @@ const (
 
 func runSpace(l *Lab) error {
 	layer := l.hugeLayer()
-	most := Pick(l.Mode(), 10_000, 100_000, 100_000)
-	blocks := shuffled(int(hugeSize(l.Mode()) / blockSize))[:most]
+	blocks := shuffled(int(hugeSize(l.Mode()) / blockSize))
+	most := min(100_000, len(blocks))
 	bytes := l.Metric(report.Metric{Name: "upper layer after n writes", Unit: report.Bytes, LessIsBetter: true, Log: true,
 		Chart: report.Lines, XName: "writes of 4 KiB", XLog: true})
 	err := l.Rounds(func(c *Contender) error {
