@@ -193,6 +193,12 @@ func firstLine(ctx context.Context, name string, args ...string) string {
 	if err != nil && len(out) == 0 {
 		return ""
 	}
-	line, _, _ := bytes.Cut(out, []byte("\n"))
-	return strings.TrimSpace(string(line))
+	first, _, _ := bytes.Cut(out, []byte("\n"))
+	for line := range bytes.Lines(out) { // some name their libraries and complain about their environment before
+		if bytes.HasPrefix(line, []byte(name)) {
+			first = line
+			break
+		}
+	}
+	return strings.TrimSpace(string(first))
 }
