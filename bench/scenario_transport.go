@@ -90,6 +90,9 @@ func runTransport(l *Lab) error {
 		return l.On(c, Setup{Layer: layer}, func(u *Union) error {
 			for _, op := range ops {
 				l.Progress("%s", op.name)
+				if err := syncfs(u.Upper); err != nil { // an fsync would have to write out what earlier rows left
+					return err
+				}
 				s, err := u.Time(func() error { return op.do(u, op.n) })
 				if err != nil {
 					return fmt.Errorf("%s: %w", op.name, err)
