@@ -68,7 +68,7 @@ const (
 type Fill uint8
 
 const (
-	FillNone Fill = iota // never
+	FillNone Fill = iota // never, but for the few that a log will write next (bringAhead)
 	FillIdle             // settled files that lack at most one block in nine are completed, and those to which as much was written as they lack
 )
 

@@ -82,8 +82,8 @@ func (f *File) commitLocked(dataOnly bool) (synced bool, err error) {
 	return true, errors.Join(copyErr, f.syncStore(dataOnly))
 }
 
-// syncStore is Store.Sync, or SyncData if that will do, unless the mount is volatile. Once it has failed nothing says what the disk holds:
-// the table does not advance any more, and every later Sync fails too.
+// syncStore is Store.Sync, or SyncData if that will do, unless the mount is volatile. Once it has failed nothing says what
+// the disk holds: the table does not advance any more, and every later Sync fails too.
 func (f *File) syncStore(dataOnly bool) error {
 	if f.e.opts.Volatile {
 		return nil

@@ -120,15 +120,17 @@ func (f *File) completeRun(first, last int64) error {
 	return err
 }
 
-// transitRun returns the first block after b, at most last, that is not InTransit and adjacent in the upper file. The
-// caller holds mu.
+// transitRun returns the end, at most last, of the blocks from b on that are InTransit and adjacent in the upper file. If b
+// itself is not InTransit any more, because a write has filled it meanwhile, it is alone: its writers need no mu, and so it
+// must not be written back with others. The caller holds mu.
 func (f *File) transitRun(b, last int64) int64 {
-	for b++; b < last && f.format == Sparse; b++ {
-		if _, ok := f.transit[b]; !ok {
+	end := b
+	for ; end < last && (end == b || f.format == Sparse); end++ {
+		if _, ok := f.transit[end]; !ok {
 			break
 		}
 	}
-	return b
+	return max(end, b+1)
 }
 
 // bring writes the gaps of blocks [first, last) out of lower, which holds the lower file's bytes from from on. Of several
