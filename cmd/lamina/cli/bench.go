@@ -51,8 +51,8 @@ As a contender, lamina:OPTION+OPTION... is Lamina with any mount options, and ov
 		},
 	}
 	flags := cmd.Flags()
-	flags.BoolVar(&f.quick, "quick", false, "small files, few repetitions: everything in 3 minutes")
-	flags.BoolVar(&f.full, "full", false, "files as large as in the papers: everything in 40 minutes instead of 10")
+	flags.BoolVar(&f.quick, "quick", false, "small files, few repetitions")
+	flags.BoolVar(&f.full, "full", false, "files as large as in the papers; longer than the default, which takes about half an hour")
 	flags.StringSliceVar(&f.config.Scenarios, "scenarios", nil, "only these scenarios")
 	flags.StringSliceVar(&f.config.Contenders, "contenders", nil, "these contenders instead of each scenario's own choice")
 	flags.StringVar(&f.config.Dir, "dir", "", "measure below this directory instead of the one for temporary files")
