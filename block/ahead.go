@@ -39,9 +39,6 @@ func (f *File) goesOn() (at int64, found bool) {
 	defer f.mu.Unlock()
 	f.tab.mu.Lock()
 	defer f.tab.mu.Unlock()
-	if f.tab.npages == 0 {
-		return 0, false
-	}
 	for n, p := range f.dir.all() {
 		r := p.Load()
 		if !r.dirty.Load() {

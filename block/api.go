@@ -28,6 +28,7 @@ type Store interface {
 	Seek(off int64, whence int) (int64, error) // unix.SEEK_DATA, unix.SEEK_HOLE only
 	Sync() error                               // data, size and attributes (fsync)
 	SyncData() error                           // data, and what it takes to find them (fdatasync)
+	Order() error                              // data written out, the disk's own cache not emptied; see Engine.Orders
 	Header() ([]byte, error)                   // the header attribute; nil, nil if there is none
 	SetHeader(b []byte) error
 	RemoveHeader() error
@@ -69,7 +70,7 @@ type Fill uint8
 
 const (
 	FillNone Fill = iota // never, but for the few that a log will write next (bringAhead)
-	FillIdle             // settled files that lack at most one block in nine are completed, and those to which as much was written as they lack
+	FillIdle             // settled files that lack at most one block in nine are completed, and those to which as much was written as they lack; of those in use, the ones that are synced again and again
 )
 
 // Format of a sketch, as docs/format.md gives it.

@@ -2,6 +2,7 @@ package block
 
 import (
 	"errors"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,6 +18,9 @@ func (f *File) Sync(dataOnly bool) error {
 	}
 	f.bringAhead()
 	synced, err := f.commitLocked(dataOnly)
+	if synced {
+		f.syncs.Add(1)
+	}
 	if synced || f.broken != nil {
 		return err
 	}
@@ -42,8 +46,9 @@ func (f *File) commitNew() (wrote bool, err error) {
 // commitLocked is commit with commitMu held. synced: everything written before the call is on disk, with dataOnly except
 // for what only concerns the inode.
 //
-// The order is the whole point: a table entry reaches the disk only after the bytes that it speaks for. The table is data
-// of the upper file; the header is not, so that where it changes the second sync is a full one (syncStore).
+// The order is the whole point: what says that a block is Upper, table or header, reaches the disk only after the block's
+// bytes. The table is data of the upper file; the header is not, so that where it changes the second sync is a full one
+// (syncStore).
 func (f *File) commitLocked(dataOnly bool) (synced bool, err error) {
 	if f.provisional.Load() {
 		return f.commitWhole()
@@ -55,55 +60,114 @@ func (f *File) commitLocked(dataOnly bool) (synced bool, err error) {
 		return false, f.broken
 	}
 	copyErr := f.completeAll()
+	if err := f.trim(); err != nil {
+		return false, errors.Join(copyErr, err)
+	}
+	_ = f.fold() // if it fails, the addendum stays, and if it gets too long the table is written below
 	size, err := f.stage()
 	if err != nil {
 		return false, errors.Join(copyErr, err)
 	}
 	whole := f.whole()
-	dirty := f.tableDirty()
-	if !whole && !dirty && (f.hdr.Size == naturalSize || f.hdr.Size == size) {
+	if !whole && !f.news() && (f.hdr.Size == naturalSize || f.hdr.Size == size) {
 		return false, copyErr
 	}
 	if err := f.coverLeaves(); err != nil {
 		return false, errors.Join(copyErr, err)
 	}
-	if err := f.syncStore(true); err != nil {
-		return false, errors.Join(copyErr, err)
-	}
 	if whole {
+		if err := f.order(); err != nil {
+			return false, errors.Join(copyErr, err)
+		}
 		if err := f.finish(); err != nil {
 			return false, errors.Join(copyErr, err)
 		}
 		return true, errors.Join(copyErr, f.syncStore(false))
 	}
-	if err := f.writeTable(size, dirty); err != nil {
+	if named, err := f.nameNew(size); named || err != nil {
+		return named, errors.Join(copyErr, err)
+	}
+	if err := f.syncStore(true); err != nil {
 		return false, errors.Join(copyErr, err)
 	}
-	return true, errors.Join(copyErr, f.syncStore(dataOnly))
+	if err := f.writeTable(size, f.tableDirty()); err != nil {
+		return false, errors.Join(copyErr, err)
+	}
+	if err := f.syncStore(dataOnly); err != nil {
+		return true, errors.Join(copyErr, err)
+	}
+	f.fresh, f.folded = nil, true
+	return true, copyErr
 }
 
-// syncStore is Store.Sync, or SyncData if that will do, unless the mount is volatile. Once it has failed nothing says what
-// the disk holds: the table does not advance any more, and every later Sync fails too.
+// trim cuts off what a refused truncation has left behind the end of a sketch whose size is the upper file's. The caller
+// holds commitMu.
+func (f *File) trim() error {
+	if f.hdr.Size != naturalSize {
+		return nil
+	}
+	f.shape.Lock()
+	defer f.shape.Unlock()
+	if f.tailClean {
+		return nil
+	}
+	return f.cleanTail()
+}
+
+// nameNew commits the staged blocks and size with a header that names them. named: it has; otherwise, without an error, the
+// table has to be written.
+func (f *File) nameNew(size int64) (named bool, err error) {
+	add, fits := f.addendum()
+	if !fits {
+		return false, nil
+	}
+	if err := f.order(); err != nil {
+		return false, err
+	}
+	h := f.hdr
+	h.Limit, h.Addendum = f.limit, add
+	if h.Size != naturalSize {
+		h.Size = size
+	}
+	if err := f.setHeader(h); err != nil {
+		return false, nil // no space for a longer attribute
+	}
+	f.folded = false
+	if err := f.syncStore(false); err != nil {
+		return true, err
+	}
+	f.fresh = nil
+	f.told()
+	return true, nil
+}
+
+// syncStore is Store.Sync, or SyncData if that will do.
 func (f *File) syncStore(dataOnly bool) error {
+	if dataOnly && f.attrsSynced { // what fdatasync need not write may be our header
+		return f.syncWith(f.s.SyncData)
+	}
+	err := f.syncWith(f.s.Sync)
+	f.attrsSynced = f.attrsSynced || err == nil
+	return err
+}
+
+// syncWith syncs the upper file, unless the mount is volatile. Once that has failed nothing says what the disk holds: the
+// table does not advance any more, and every later Sync fails too.
+func (f *File) syncWith(sync func() error) error {
 	if f.e.opts.Volatile {
 		return nil
 	}
 	if f.broken != nil {
 		return f.broken
 	}
-	sync, full := f.s.Sync, true
-	if dataOnly && f.attrsSynced { // what fdatasync need not write may be our header
-		sync, full = f.s.SyncData, false
-	}
-	if err := sync(); err != nil {
+	err := sync()
+	if err != nil {
 		f.e.fail("syncing the upper file of inode %d: %v", f.ino(), err)
 		if f.Sketch() {
 			f.broken = err
 		}
-		return err
 	}
-	f.attrsSynced = f.attrsSynced || full
-	return nil
+	return err
 }
 
 // stage tells the table in memory which blocks are Upper, and returns a logical size: everything it speaks of was
@@ -128,6 +192,9 @@ func (f *File) stage() (size int64, err error) {
 		}
 		if err != nil {
 			return 0, err
+		}
+		if f.e.opts.Memory != nil && !slices.Contains(f.staged, n) {
+			f.staged = append(f.staged, n)
 		}
 		r.dirty.Store(false)
 		if f.format == Sparse && r.runEnd(0, regionBlocks, stateUpper) == regionBlocks {
@@ -192,10 +259,16 @@ func (f *File) writeTable(size int64, dirty bool) error {
 	if h.Size != naturalSize {
 		h.Size = size
 	}
-	if h == f.hdr {
-		return nil
+	if f.folded { // the sync before this has put it there
+		h.Addendum = encodeRanges(f.inDamaged())
 	}
-	return f.setHeader(h)
+	if h != f.hdr {
+		if err := f.setHeader(h); err != nil {
+			return err
+		}
+	}
+	f.told()
+	return nil
 }
 
 // finish turns a sketch whose bytes all lie at their natural places, on disk, into an ordinary file. Every step leaves
@@ -203,9 +276,12 @@ func (f *File) writeTable(size int64, dirty bool) error {
 func (f *File) finish() error {
 	f.shape.Lock()
 	defer f.shape.Unlock()
+	if err := f.setOrigin(); err != nil { // while nothing is changed yet
+		return err
+	}
 	if f.hdr.Size != naturalSize {
 		h := f.hdr
-		h.Complete, h.Size, h.Limit, h.TablePages, h.TablePos = true, f.size.Load(), 0, 0, 0
+		h.Complete, h.Size, h.Limit, h.TablePages, h.TablePos, h.Addendum = true, f.size.Load(), 0, 0, 0, ""
 		if err := f.setHeader(h); err != nil {
 			return err
 		}
@@ -216,19 +292,30 @@ func (f *File) finish() error {
 	return f.becomePlain()
 }
 
-// becomePlain takes the last steps of a completion. The caller holds commitMu and shape, or is alone.
-func (f *File) becomePlain() error {
-	if !f.hdr.Kernel {
-		if err := f.s.SetOrigin(f.hdr.Ident.Origin()); err != nil {
-			return err
-		}
+// setOrigin writes down what is to remain of the header. The caller holds commitMu, or is alone.
+func (f *File) setOrigin() error {
+	if f.hdr.Kernel {
+		return nil
 	}
 	f.attrsSynced = false
+	return f.s.SetOrigin(f.hdr.Ident.Origin())
+}
+
+// becomePlain takes the last steps of a completion. Where the header cannot be removed, but says already that nothing of
+// the lower file counts, the file is provisional: the next commit tries again. The caller holds commitMu and shape, or is
+// alone.
+func (f *File) becomePlain() error {
+	f.attrsSynced = false
 	if err := f.s.RemoveHeader(); err != nil {
-		return err
+		if !f.hdr.Complete {
+			return err
+		}
+		f.provisional.Store(true)
+	} else {
+		f.e.complete.Add(1)
 	}
 	f.plain.Store(true)
-	f.e.complete.Add(1)
+	f.forget()
 	f.closeLower()
 	f.mu.Lock()
 	f.e.inTransit.Add(-int64(len(f.transit)))

@@ -37,6 +37,7 @@ func (f *File) leaveLower() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for b := range f.transit { // written to since bringUp saw a hole of the lower file: the rest is zeros, and so it is here
+		f.remember(blocksUpper, b, b+1, 0)
 		f.dropTransit(b)
 		r := f.mutable(b / regionBlocks)
 		r.set(b%regionBlocks, stateUpper)
@@ -164,6 +165,7 @@ func (f *File) fillHole(off, end int64) error {
 
 // placeZero makes blocks [b, end) of one region zeros without a place. The caller holds mu.
 func (f *File) placeZero(b, end int64) {
+	f.remember(blocksZero, b, end, 0)
 	r := f.mutable(b / regionBlocks)
 	for ; b < end; b++ {
 		r.phys[b%regionBlocks].Store(physZero)

@@ -161,6 +161,7 @@ func (f *File) bring(first, last int64, lower []byte, from int64) error {
 		return err
 	}
 	f.e.copied.Add(copied)
+	f.remember(blocksUpper, first, last, 0)
 	f.markFull(first, last)
 	return nil
 }
@@ -213,6 +214,7 @@ func (f *File) fillGaps(b int64, buf []byte, from int64) error {
 	if err != nil {
 		return err
 	}
+	f.remember(blocksUpper, b, b+1, 0)
 	f.dropTransit(b)
 	r := f.mutable(b / regionBlocks)
 	r.set(b%regionBlocks, stateUpper)

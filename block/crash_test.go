@@ -9,145 +9,9 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"lamina/tests/history"
 )
-
-// history is what a file's content may be after a power cut: the synced version and all later ones.
-type history struct {
-	versions [][]byte       // versions[0] is the synced one
-	owned    map[int64]bool // blocks that were written before the last sync: on disk they lie in the upper file
-	touched  map[int64]bool // blocks written since
-	limit    int64          // lower limit as of the last sync
-	bs       int64
-}
-
-func (h *history) now() []byte { return h.versions[len(h.versions)-1] }
-
-func (h *history) add(v []byte, off, end int64) {
-	h.versions = append(h.versions, v)
-	for b := off / h.bs; b*h.bs < end; b++ {
-		h.touched[b] = true
-	}
-}
-
-func (h *history) sync() {
-	for _, v := range h.versions {
-		h.limit = min(h.limit, int64(len(v)))
-	}
-	h.versions = h.versions[len(h.versions)-1:]
-	for b := range h.touched {
-		h.owned[b] = true
-	}
-	clear(h.touched)
-}
-
-// commit: what was touched is in the upper file for good, though its bytes may not have been synced.
-func (h *history) commit() {
-	for b := range h.touched {
-		h.owned[b] = true
-	}
-}
-
-// piece is bytes [lo, hi) of a version; behind its end there are zeros.
-func piece(v []byte, lo, hi int64) []byte {
-	p := make([]byte, hi-lo)
-	if lo < int64(len(v)) {
-		copy(p, v[lo:])
-	}
-	return p
-}
-
-// explain returns an error unless got is what the durability rules allow.
-func (h *history) explain(got []byte) error {
-	least, most := int64(len(h.versions[0])), 0
-	for _, v := range h.versions {
-		least, most = min(least, int64(len(v))), max(most, len(v))
-	}
-	if int64(len(got)) < least || len(got) > most {
-		return fmt.Errorf("size %d, allowed %d to %d", len(got), least, most)
-	}
-	limit := min(h.limit, least)
-	for b := int64(0); b*h.bs < int64(len(got)); b++ {
-		off, end := b*h.bs, min((b+1)*h.bs, int64(len(got)))
-		if !h.owned[b] && off < limit {
-			below := min(limit, end)
-			if !h.explainLower(got, off, below) {
-				return fmt.Errorf("block %d is neither the lower block nor a later version of it:%s", b, h.describe(got, off, below))
-			}
-			off = below
-		} else if off < limit && limit < end {
-			// Bytes behind the limit lie in the upper file whether the block below it does or not.
-			if !h.matches(got, off, limit, 0, len(h.versions)) {
-				return fmt.Errorf("block %d holds a sector of no version:%s", b, h.describe(got, off, limit))
-			}
-			off = limit
-		}
-		// Any other byte behaves as on an ordinary filesystem: every sector is the synced one or newer.
-		if !h.matches(got, off, end, 0, len(h.versions)) {
-			return fmt.Errorf("block %d holds a sector of no version:%s", b, h.describe(got, off, end))
-		}
-	}
-	return nil
-}
-
-// explainLower: bytes that the lower file still showed at the last sync are the lower file's all together, or all as
-// new as the sync that made the block's entry durable.
-func (h *history) explainLower(got []byte, off, end int64) bool {
-	if h.matches(got, off, end, 0, 1) {
-		return true
-	}
-	for j := 1; j < len(h.versions); j++ {
-		if h.matches(got, off, end, j, len(h.versions)) {
-			return true
-		}
-	}
-	return false
-}
-
-// matches says whether every sector of got in [off, end) is that of one of the versions [from, to), or, behind the
-// synced size, zeros: the length reached the disk and the data did not.
-func (h *history) matches(got []byte, off, end int64, from, to int) bool {
-	synced := int64(len(h.versions[0]))
-	for lo := off; lo < end; {
-		hi := min(end, lo&^(sectorSize-1)+sectorSize)
-		// What lies behind a limit was written apart from what lies below it, and every length may have become one.
-		for _, v := range h.versions {
-			if cut := int64(len(v)); lo < cut {
-				hi = min(hi, cut)
-			}
-		}
-		if lo < h.limit {
-			hi = min(hi, h.limit)
-		}
-		s := got[lo:hi]
-		found := lo >= synced && allZero(s)
-		for v := from; v < to && !found; v++ {
-			found = bytes.Equal(s, piece(h.versions[v], lo, hi))
-		}
-		if !found {
-			return false
-		}
-		lo = hi
-	}
-	return true
-}
-
-func (h *history) describe(got []byte, off, end int64) (text string) {
-	for lo := off; lo < end; {
-		hi := min(end, lo&^(sectorSize-1)+sectorSize)
-		text += fmt.Sprintf(" [%d:", lo)
-		for v := range h.versions {
-			if bytes.Equal(got[lo:hi], piece(h.versions[v], lo, hi)) {
-				text += fmt.Sprint(" v", v)
-			}
-		}
-		if allZero(got[lo:hi]) {
-			text += " zero"
-		}
-		text += "]"
-		lo = hi
-	}
-	return text
-}
 
 // crasher runs random operations on a crashStore and, at random points between any two changes of the upper file,
 // looks at what power cuts would leave.
@@ -159,7 +23,7 @@ type crasher struct {
 	low   *memLower
 	e     *Engine
 	f     *File
-	h     *history
+	h     *history.History
 	opts  Options
 	what  string
 	looks int
@@ -173,22 +37,30 @@ func TestCrash(t *testing.T) {
 		"single":     {Format: BCoWSingle, CaW: CaWLazy},
 		"sync":       {Format: Sparse, CaW: CaWSync},
 	} {
-		t.Run(name, func(t *testing.T) {
-			s := seed(t)
-			for round := range uint64(3) {
-				c := newCrasher(t, o, s+round)
-				c.open()
-				c.run(*opsFlag / 4)
-				if t.Failed() {
-					return
+		for _, orders := range []bool{false, true} {
+			t.Run(name+map[bool]string{true: " ordered"}[orders], func(t *testing.T) {
+				s := seed(t)
+				for round := range uint64(3) {
+					c := newCrasher(t, o, s+round)
+					c.e.orders = orders
+					if orders && round > 0 { // many blocks, and an addendum that soon has to give way to the table
+						c.e.addendum = 12
+						c.setLower(noise(c.rand, 400_000))
+					}
+					c.open()
+					c.run(*opsFlag / 4)
+					if t.Failed() {
+						return
+					}
 				}
-			}
-		})
+			})
+		}
 	}
 	t.Run("whole", func(t *testing.T) {
 		s := seed(t)
 		for round := range uint64(20) { // each is provisional only at its beginning
 			c := newCrasher(t, Options{CaW: CaWLazy}, s+round)
+			c.e.orders = round%2 == 0
 			c.create()
 			c.run(*opsFlag / 8)
 			if t.Failed() {
@@ -200,13 +72,16 @@ func TestCrash(t *testing.T) {
 
 func newCrasher(t *testing.T, o Options, s uint64) *crasher {
 	c := &crasher{t: t, rand: rand.New(rand.NewPCG(s, 1)), cuts: rand.New(rand.NewPCG(s, 2)), opts: o}
-	c.low = &memLower{data: noise(c.rand, 30000+c.rand.IntN(60000)), mtime: 1e18}
-	clear(c.low.data[8192:20480]) // a hole
 	c.e = newEngine(t, o)
 	c.store = newCrashStore(nil)
-	c.h = &history{versions: [][]byte{c.low.data}, owned: map[int64]bool{}, touched: map[int64]bool{},
-		limit: int64(len(c.low.data)), bs: int64(max(o.BlockSize, defaultBlockSize))}
+	c.setLower(noise(c.rand, 30000+c.rand.IntN(60000)))
 	return c
+}
+
+func (c *crasher) setLower(data []byte) {
+	clear(data[8192:20480]) // a hole
+	c.low = &memLower{data: data, mtime: 1e18}
+	c.h = history.New(data, int64(max(c.opts.BlockSize, defaultBlockSize)))
 }
 
 // open makes a sketch if there is none, and opens it.
@@ -240,7 +115,7 @@ func (c *crasher) create() {
 		c.t.Fatal(err)
 	}
 	c.f = f
-	c.h.add(c.h.now(), 0, id.Size) // the next commit makes every block the upper file's
+	c.h.Add(c.h.Now(), 0, id.Size) // the next commit makes every block the upper file's
 }
 
 func (c *crasher) run(ops int) {
@@ -260,10 +135,10 @@ func (c *crasher) run(ops int) {
 
 func (c *crasher) step() {
 	const longest = 1300 << 10 // now and then far enough to push the table away
-	size := len(c.h.now())
+	size := len(c.h.Now())
 	off := c.rand.IntN(size + 1)
 	n := 1 + c.rand.IntN([]int{300, 5000, 40000}[c.rand.IntN(3)])
-	v := bytes.Clone(c.h.now())
+	v := bytes.Clone(c.h.Now())
 	grow := func(n int) {
 		if n > len(v) {
 			v = append(v, make([]byte, n-len(v))...)
@@ -278,7 +153,7 @@ func (c *crasher) step() {
 			return n, nil
 		}
 	}
-	before, changes := c.h.now(), true
+	before, changes := c.h.Now(), true
 	var err error
 	switch k := c.rand.IntN(16); k {
 	case 0, 1, 2, 3, 4, 5:
@@ -289,7 +164,7 @@ func (c *crasher) step() {
 		p := noise(c.rand, n)
 		grow(off + n)
 		copy(v[off:], p)
-		c.h.add(v, int64(off), int64(off+n))
+		c.h.Add(v, int64(off), int64(off+n))
 		_, err = c.f.WriteAt(p, int64(off))
 	case 6:
 		to := c.rand.IntN(size + 1)
@@ -298,7 +173,7 @@ func (c *crasher) step() {
 		}
 		c.what = fmt.Sprintf("truncate from %d to %d", size, to)
 		grow(to)
-		c.h.add(v[:to:to], int64(min(size, to)), int64(max(size, to)))
+		c.h.Add(v[:to:to], int64(min(size, to)), int64(max(size, to)))
 		err = c.f.Truncate(int64(to))
 	case 7:
 		if off == size {
@@ -307,22 +182,22 @@ func (c *crasher) step() {
 		n = min(n, size-off)
 		c.what = fmt.Sprintf("punch of %d at %d", n, off)
 		clear(v[off : off+n])
-		c.h.add(v, int64(off), int64(off+n))
+		c.h.Add(v, int64(off), int64(off+n))
 		err = c.f.Fallocate(punch, int64(off), int64(n))
 	case 8, 9, 10:
 		c.what, changes = "sync", false
 		if err = c.f.Sync(n%2 == 0); err == nil {
-			c.h.sync()
+			c.h.Sync()
 		}
 	case 11:
 		c.what, changes = "commit", false
 		if err = c.f.commit(); err == nil {
-			c.h.commit()
+			c.h.Commit()
 		}
 	case 12:
 		c.what, changes = "close and open", false
 		if err = c.f.Close(); err == nil {
-			c.h.commit()
+			c.h.Commit()
 			c.open()
 		}
 	case 13:
@@ -332,15 +207,15 @@ func (c *crasher) step() {
 		if c.rand.IntN(6) == 0 {
 			c.what, changes = "complete", false
 			if err = c.f.Complete(); err == nil {
-				c.h.add(c.h.now(), 0, int64(size)) // every block is in the upper file now
-				c.h.commit()
+				c.h.Add(c.h.Now(), 0, int64(size)) // every block is in the upper file now
+				c.h.Commit()
 			}
 		}
 	case 15:
 		c.what = fmt.Sprintf("read of %d at %d", n, off)
 		got := make([]byte, n)
 		m, _ := c.f.ReadAt(got, int64(off))
-		if i := firstDifference(got[:m], c.h.now()[off:min(off+n, size)]); i >= 0 && !failing {
+		if i := firstDifference(got[:m], c.h.Now()[off:min(off+n, size)]); i >= 0 && !failing {
 			c.t.Errorf("%s: differs at %d", c.what, off+i)
 		}
 	}
@@ -365,13 +240,13 @@ func (c *crasher) refused(before []byte, changes bool) {
 		c.t.Errorf("%s: the content changed at %d; size %d, was %d", c.what, i, len(got), len(before))
 	}
 	if strings.HasPrefix(c.what, "truncate") && len(got) == len(before) { // it has not begun: its length never became a limit
-		c.h.versions = c.h.versions[:len(c.h.versions)-1]
+		c.h.Versions = c.h.Versions[:len(c.h.Versions)-1]
 	}
 	brought := int64(0)
 	if strings.HasPrefix(c.what, "complete") { // any block may be in the upper file now
 		brought = int64(len(got))
 	}
-	c.h.add(got, 0, brought)
+	c.h.Add(got, 0, brought)
 }
 
 // look cuts the power at this point, a few times.
@@ -399,7 +274,9 @@ func (c *crasher) lookAt(m *image) {
 		return
 	}
 	s := newCrashStore(m)
-	e := Engine{opts: c.e.opts, files: map[*File]struct{}{}}
+	// The layer may have been moved to a filesystem without the order.
+	e := Engine{opts: c.e.opts, files: map[*File]struct{}{}, orders: c.e.orders && c.cuts.IntN(4) != 0,
+		addendum: c.cuts.IntN(maxAddendum)}
 	f, err := e.Open(s, c.low.open)
 	if err != nil {
 		fail("open: %v", err)
@@ -410,7 +287,7 @@ func (c *crasher) lookAt(m *image) {
 		fail("read: %d of %d, %v", n, len(got), err)
 		return
 	}
-	if err := c.h.explain(got); err != nil {
+	if err := c.h.Explain(got); err != nil {
 		fail("%v", err)
 		return
 	}

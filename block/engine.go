@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"lamina/state"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -36,6 +38,9 @@ type Options struct {
 	// CommitInterval is how often sketches that are open are put on disk, InTransit blocks and table, whatever their
 	// CaW mode; a power cut costs a file that nobody syncs no more than this. 0: 30 s.
 	CommitInterval time.Duration
+	// Memory outlives this process. What is in it when the Engine is made is of an Engine whose process was killed, and
+	// which had the same upper layer. Nil: there is none.
+	Memory *state.Arena
 	// Logf receives one line per event that an operator must know of; nil: nobody is told.
 	Logf func(format string, args ...any)
 }
@@ -88,6 +93,7 @@ type Stats struct {
 	BytesNotCopied   int64 // of lower files, which copying them up whole would have copied
 	BytesCopied      int64
 	Errors           int64 // failed copies, syncs and settlements; damage found
+	Damaged          int64 // files of whose table some part was found unreadable
 	SketchesCreated  int64
 	SketchesComplete int64 // turned into ordinary files
 }
@@ -106,13 +112,19 @@ type Engine struct {
 	settle  chan struct{} // settler: waiting or closing changed
 	end     chan struct{} // closed when closing is set
 	fills   chan *File    // settled files to be completed
+	filling atomic.Bool   // a file in use is being completed
 	wg      sync.WaitGroup
 
-	syncFS func() error // syncs everything in the upper layer's filesystem; nil: there is no such thing
+	left map[uint64]state.Rec // what Options.Memory held when the engine was made, and nobody claimed; see memory.go
+
+	syncFS   func() error // syncs everything in the upper layer's filesystem; nil: there is no such thing
+	orders   bool         // see Orders
+	addendum int          // the longest that it writes, bytes
 
 	inTransit                               atomic.Int64
 	created, createdBytes, copied, complete atomic.Int64
-	commits, errs                           atomic.Int64
+	commits, errs, damaged                  atomic.Int64
+	discard                                 atomic.Bool
 }
 
 // NewEngine starts the workers of one mount. It panics on options that Validate refuses.
@@ -121,9 +133,10 @@ func NewEngine(o Options) *Engine {
 	if err != nil {
 		panic("block: " + err.Error())
 	}
-	e := &Engine{opts: opts, files: make(map[*File]struct{}), settle: make(chan struct{}, 1),
+	e := &Engine{opts: opts, addendum: maxAddendum, files: make(map[*File]struct{}), settle: make(chan struct{}, 1),
 		end: make(chan struct{}), fills: make(chan *File, maxFills)}
 	e.wake = sync.NewCond(&e.mu)
+	e.left = e.remembered(opts.Memory)
 	for range opts.Workers {
 		e.wg.Go(e.copyLoop)
 	}
@@ -243,7 +256,7 @@ func (e *Engine) Stats() Stats {
 	}
 	st.BytesCopied = e.copied.Load()
 	st.BytesNotCopied = max(0, e.createdBytes.Load()-st.BytesCopied)
-	st.Commits, st.Errors = e.commits.Load(), e.errs.Load()
+	st.Commits, st.Errors, st.Damaged = e.commits.Load(), e.errs.Load(), e.damaged.Load()
 	st.SketchesCreated, st.SketchesComplete = e.created.Load(), e.complete.Load()
 	return st
 }
@@ -272,6 +285,9 @@ func (e *Engine) Close() error {
 	e.wg.Wait()
 
 	first := e.settleRest()
+	if e.discard.Load() {
+		return nil
+	}
 	for _, f := range e.openFiles() {
 		if err := f.lastCommit(); err != nil && first == nil {
 			first = err
@@ -279,6 +295,23 @@ func (e *Engine) Close() error {
 	}
 	return first
 }
+
+// Flush puts what was written to every File on disk, and returns the first error. What fails stays in memory, and is tried
+// again when it would have been anyway.
+func (e *Engine) Flush() (first error) {
+	for _, f := range e.settleWholes(e.openFiles()) {
+		if f.nameless.Load() {
+			continue
+		}
+		if err := f.commit(); err != nil && first == nil {
+			first = fmt.Errorf("sketch of inode %d: %w", f.ino(), err)
+		}
+	}
+	return first
+}
+
+// Discard lets Close leave everything as it is on disk: nobody will read it.
+func (e *Engine) Discard() { e.discard.Store(true) }
 
 // ended says whether Close was called: nothing is tried later any more.
 func (e *Engine) ended() bool {

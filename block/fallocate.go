@@ -207,6 +207,7 @@ func (f *File) preallocatePhys(off, end, size int64) error {
 			return err
 		}
 		f.place(b, b+run, at)
+		f.remember(blocksUpper, b, b+run, 0)
 		r.setRun(b%regionBlocks, b%regionBlocks+run, stateUpper)
 		b += run
 	}
@@ -216,13 +217,24 @@ func (f *File) preallocatePhys(off, end, size int64) error {
 
 // zeroPhys makes [off, end) zeros in a bcow file. The caller holds shape, and has loaded the regions.
 func (f *File) zeroPhys(off, end, size int64) error {
+	partial, err := f.zeroBlocks(off, end, size)
+	if err != nil {
+		return err
+	}
+	f.times.Lock()
+	err = f.s.SetTimes(omitTime, nowTime)
+	f.times.Unlock()
+	return f.follow(partial, off, end, err)
+}
+
+// zeroBlocks is zeroPhys but for the times and for what follows a write.
+func (f *File) zeroBlocks(off, end, size int64) (partial bool, err error) {
 	zeros := getBuf(int(f.bs))
 	defer putBuf(zeros)
 	clear(*zeros)
 	whole := max(size, f.size.Load())
-	partial := false
 	f.mu.Lock()
-	defer func() { f.mu.Unlock() }()
+	defer f.mu.Unlock()
 	for o := off; o < end; {
 		b := o >> f.shift
 		start, next := b<<f.shift, min(end, (b+1)<<f.shift)
@@ -232,28 +244,23 @@ func (f *File) zeroPhys(off, end, size int64) error {
 		case f.placed(r, i):
 			at := int64(r.phys[i].Load()) << f.shift
 			if err := f.discard(at+o-start, at+next-start); err != nil {
-				return err
+				return partial, err
 			}
 			partial = f.mark(o, next) || partial
 		case r.state(i) == stateUpper || start >= f.limit: // zeros already
 		case full:
 			f.placeZero(b, b+1)
+			f.remember(blocksUpper, b, b+1, 0)
 			f.markFull(b, b+1)
 		default:
 			_, p, err := f.appendRuns((*zeros)[:next-o], o)
 			if err != nil {
-				return err
+				return partial, err
 			}
 			partial = partial || p
 		}
 		o = next
 	}
 	f.grow(size)
-	f.mu.Unlock()
-	f.times.Lock()
-	err := f.s.SetTimes(omitTime, nowTime)
-	f.times.Unlock()
-	err = f.follow(partial, off, end, err)
-	f.mu.Lock()
-	return err
+	return partial, nil
 }

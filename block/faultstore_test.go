@@ -83,6 +83,7 @@ func (m *image) cutTail() {
 type change struct {
 	meta       func(*image)
 	header     bool     // it changes attributes only
+	order      bool     // no operation on metadata behind this reaches the disk before the sectors in front of it
 	discards   [2]int64 // the bytes whose blocks a metadata operation frees
 	off        int64    // of the sector
 	sector     []byte
@@ -139,6 +140,7 @@ func (s *crashStore) crash(r *rand.Rand) *image {
 	m := s.synced.clone()
 	keep := r.IntN(s.metas + 1)
 	bias := r.IntN(4) // 0: every sector, 1: none, otherwise a half
+	ordered := s.ordered(keep)
 	metas := 0
 	for i, c := range s.log {
 		if c.meta != nil {
@@ -148,8 +150,11 @@ func (s *crashStore) crash(r *rand.Rand) *image {
 			metas++
 			continue
 		}
+		if c.order {
+			continue
+		}
 		size := max(m.size, min(c.size, c.off+sectorSize))
-		if bias == 1 || bias > 1 && r.IntN(2) == 0 || !s.reaches(i, keep) || size > m.size && c.metaBefore > keep {
+		if i >= ordered && (bias == 1 || bias > 1 && r.IntN(2) == 0 || !s.reaches(i, keep) || size > m.size && c.metaBefore > keep) {
 			continue
 		}
 		m.write(c.sector, c.off)
@@ -157,6 +162,21 @@ func (s *crashStore) crash(r *rand.Rand) *image {
 	}
 	m.cutTail()
 	return m
+}
+
+// ordered returns the end of the part of the log that is on the disk for certain if keep metadata operations are.
+func (s *crashStore) ordered(keep int) (end int) {
+	last, metas := 0, 0
+	for i, c := range s.log {
+		switch {
+		case c.order:
+			last = i
+		case c.meta != nil && metas < keep:
+			metas++
+			end = last
+		}
+	}
+	return end
 }
 
 // reaches says whether the sector of log entry i can be on the disk when only keep metadata operations are: not if its
@@ -332,6 +352,10 @@ func (s *crashStore) SyncData() error {
 		s.synced, s.log, s.metas = s.live.clone(), left, len(left)
 		s.synced.header, s.synced.origin = attrs.header, attrs.origin
 	})
+}
+
+func (s *crashStore) Order() error {
+	return s.change("sync", func() { s.log = append(s.log, change{order: true}) })
 }
 
 func (s *crashStore) Header() ([]byte, error) {

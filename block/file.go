@@ -35,11 +35,13 @@ type File struct {
 	}
 
 	commitMu    sync.Mutex
-	hdr         Header // what is on disk; under commitMu. hdr.Kernel: nothing of ours is on disk yet
-	logSyncs    int    // syncs that went on where the one before ended; under commitMu
-	attrsSynced bool   // no attribute of ours has changed since the last full sync; under commitMu
-	broken      error  // a failed fsync or the like: nothing says any more what the disk holds; under commitMu
-	fullTo      int64  // regions below this one are all Upper; under commitMu
+	hdr         Header       // what is on disk; under commitMu. hdr.Kernel: nothing of ours is on disk yet
+	logSyncs    int          // syncs that went on where the one before ended; under commitMu
+	attrsSynced bool         // no attribute of ours has changed since the last full sync; under commitMu
+	fresh       []blockRange // sparse: Upper in the table in memory, with nothing on disk that says so; under commitMu
+	folded      bool         // the table has what hdr.Addendum names, as soon as it is written out; under commitMu
+	broken      error        // a failed fsync or the like: nothing says any more what the disk holds; under commitMu
+	fullTo      int64        // regions below this one are all Upper; under commitMu
 
 	shape     sync.RWMutex
 	format    Format // constant
@@ -52,7 +54,7 @@ type File struct {
 	dir       directory
 	tab       *table
 	plain     atomic.Bool // complete: an ordinary file
-	// provisional: plain, but the header is still on disk and says that the lower file counts, see whole.go
+	// provisional: plain, but the header is still on disk and says what counts after a power cut, see whole.go
 	provisional atomic.Bool
 	nameless    atomic.Bool
 	committing  atomic.Bool  // by the settler, which left it to itself
@@ -64,12 +66,16 @@ type File struct {
 
 	times sync.RWMutex
 
+	memoryState
+
 	written   atomic.Int64 // bytes that applications wrote since the file was opened as a sketch
+	syncs     atomic.Int32 // that applications asked for and that found something new
 	queued    atomic.Bool  // in the copier's queue
 	retries   atomic.Int32 // copies that failed in a row
 	settling  func(*File)  // under Engine.mu
 	closed    atomic.Bool
 	logged    sync.Map               // damage that was reported already
+	hurt      atomic.Bool            // some was
 	complaint atomic.Pointer[string] // the background failure that was reported last
 	mourned   atomic.Bool            // its losses were named
 }
@@ -117,7 +123,7 @@ func (f *File) initSketch(h Header, stSize int64) error {
 		}
 	}
 	f.dir = newDirectory(blocks)
-	return nil
+	return f.takeAddendum()
 }
 
 // region returns the states of region n, loading them from the table if they are not in memory. The caller holds shape.
@@ -186,6 +192,9 @@ func (f *File) damaged(b int64) error {
 	per := f.blocksPerPage()
 	err := &damagedError{first: b / per * per, last: b/per*per + per - 1, why: "table page without a valid copy"}
 	if _, again := f.logged.LoadOrStore(err.first, true); !again {
+		if !f.hurt.Swap(true) {
+			f.e.damaged.Add(1)
+		}
 		f.e.fail("sketch of inode %d: %v", f.ino(), err)
 	}
 	return err
@@ -341,6 +350,9 @@ func (f *File) quietly(write func() error) error {
 // Sketch says whether the file needs its lower file: because some of its blocks may still live there, or because after a
 // power cut all of them would.
 func (f *File) Sketch() bool { return !f.plain.Load() || f.provisional.Load() }
+
+// Provisional says that the file is an ordinary one only until a power cut: the next Sync makes it one for good.
+func (f *File) Provisional() bool { return f.provisional.Load() }
 
 // FD is the upper file's descriptor, -1 if it has none. It holds the file's bytes only if the file is Plain.
 func (f *File) FD() int { return f.s.FD() }

@@ -16,6 +16,7 @@ func FuzzParseHeader(f *testing.F) {
 		{Format: BCoW, BlockSize: 4096, Ident: Ident{Size: 1 << 20}, Limit: 1 << 20, Size: 1 << 20, TablePages: 1},
 		{Format: BCoWSingle, BlockSize: 16384, Ident: Ident{Size: 1 << 30}, Limit: 0, Size: 5, TablePages: 67},
 		{Format: Sparse, BlockSize: 4096, Complete: true, Size: 12},
+		{Format: Sparse, BlockSize: 4096, Ident: Ident{Size: 1 << 20}, Limit: 1 << 20, Size: naturalSize, Addendum: "\x03\x00\x01\x05"},
 	} {
 		f.Add(h.encode())
 	}

@@ -17,7 +17,7 @@ import (
 //	5  u8  block shift
 //	6  u32 crc32c of the header with these four bytes zero
 //	10     uvarint lower size, varint lower mtime, u64 lower filesystem, uvarint lower inode,
-//	       [uvarint limit] [uvarint size] [uvarint table position / 4096, uvarint table pages]
+//	       [uvarint limit] [uvarint size] [uvarint table position / 4096, uvarint table pages] [addendum]
 //
 // All integers are little-endian. Optional fields are present if their flag is set.
 const (
@@ -25,13 +25,14 @@ const (
 	headerMagic1  = 'm'
 	headerVersion = 1
 	headerFixed   = 10
-	headerMax     = headerFixed + 8*binary.MaxVarintLen64
+	headerMax     = headerFixed + 8*binary.MaxVarintLen64 + maxAddendum
 
 	flagLimit    = 1 << 0 // the lower limit differs from the lower size
 	flagSize     = 1 << 1 // the logical size is in the header; otherwise it is the upper file's st_size
 	flagTable    = 1 << 2
 	flagComplete = 1 << 3 // the upper file holds everything at its natural place; cut it to size and drop the header
-	flagsKnown   = flagLimit | flagSize | flagTable | flagComplete
+	flagAddendum = 1 << 4 // the rest of the header names blocks that are Upper though the table does not say so
+	flagsKnown   = flagLimit | flagSize | flagTable | flagComplete | flagAddendum
 
 	minBlockShift = 12
 	maxBlockShift = 20
@@ -61,6 +62,8 @@ type Header struct {
 	// TablePos is where the block table lies in the upper file, in bytes; TablePages how many pages it has. 0 pages: no table.
 	TablePos   int64
 	TablePages int64
+	// Addendum: encoded ranges of blocks that are Upper whatever the table says (encodeRanges).
+	Addendum string
 }
 
 // LogicalSize is the size that stat of the sketch shows, given the upper file's st_size.
@@ -113,7 +116,10 @@ func ParseHeader(b []byte) (Header, error) {
 		h.TablePos = p.pages()
 		h.TablePages = p.length()
 	}
-	if p.bad || len(p.b) != 0 {
+	if flags&flagAddendum != 0 && !p.bad {
+		h.Addendum, p.b = string(p.b), nil
+	}
+	if p.bad || len(p.b) != 0 || flags&flagAddendum != 0 && h.Addendum == "" {
 		return Header{}, fmt.Errorf("%w: malformed fields", ErrInvalid)
 	}
 	if err := h.validate(); err != nil {
@@ -138,6 +144,12 @@ func (h *Header) validate() error {
 		return fmt.Errorf("%w: bcow complete in place", ErrInvalid)
 	case h.TablePages > maxTablePages || h.TablePos > maxBytes*2:
 		return fmt.Errorf("%w: table of %d pages at %d", ErrInvalid, h.TablePages, h.TablePos)
+	}
+	if h.Addendum != "" {
+		_, ok := parseRanges(h.Addendum, ceilDiv(h.Ident.Size, int64(h.BlockSize)))
+		if !ok || len(h.Addendum) > maxAddendum || h.Format != Sparse || h.Complete {
+			return fmt.Errorf("%w: addendum of %d bytes", ErrInvalid, len(h.Addendum))
+		}
 	}
 	if h.TablePages == 0 {
 		if h.Format != Sparse && !h.Complete {
@@ -187,6 +199,10 @@ func (h *Header) encode() []byte {
 	}
 	if h.Complete {
 		b[4] |= flagComplete
+	}
+	if h.Addendum != "" {
+		b[4] |= flagAddendum
+		b = append(b, h.Addendum...)
 	}
 	binary.LittleEndian.PutUint32(b[6:], headerSum(b))
 	return b

@@ -32,13 +32,24 @@ func (e *Engine) register(f *File) {
 
 func (e *Engine) openFile(s Store, lower func() (Lower, error), readOnly bool) (*File, error) {
 	f := &File{e: e, s: s, open: lower, readOnly: readOnly}
+	left, err := f.openSketch()
+	if err != nil {
+		e.unclaim(left)
+		return nil, err
+	}
+	return f, nil
+}
+
+// openSketch finds out what the upper file is. left is what the process before knew of it, for putting it back on an error.
+func (f *File) openSketch() (left *memory, err error) {
+	s := f.s
 	b, err := s.Header()
 	if err != nil {
 		return nil, err
 	}
 	if b == nil {
 		f.plain.Store(true)
-		return f, nil
+		return nil, nil
 	}
 	h, err := ParseHeader(b)
 	if err != nil {
@@ -48,16 +59,28 @@ func (e *Engine) openFile(s Store, lower func() (Lower, error), readOnly bool) (
 	if err != nil {
 		return nil, err
 	}
-	if h.Complete && readOnly {
+	if h.Complete && f.readOnly {
 		h.Limit, h.TablePages = 0, 0
 	}
-	if err := f.initSketch(h, st.Size); err != nil {
-		return nil, err
+	left = f.e.claim(st.Ino)
+	if left != nil && left.provisional.Load() != 0 {
+		f.hdr, f.format, f.ident = h, Sparse, h.Ident
+		f.plain.Store(true)
+		f.provisional.Store(true)
+		f.mem.Store(left)
+		return left, nil
 	}
-	if readOnly {
-		return f, nil
+	if err := f.initSketch(h, st.Size); err != nil || f.readOnly {
+		return left, err
 	}
-	return f, f.recover()
+	if err := f.recover(); err != nil || left == nil {
+		return left, err
+	}
+	if f.plain.Load() { // the process before was about to forget it
+		left.free()
+		return nil, nil
+	}
+	return left, f.resume(left)
 }
 
 // recover finishes what a crash interrupted between the steps of a completion or of a truncation without a table.
@@ -132,6 +155,7 @@ func (f *File) Abandon() error {
 	delete(f.e.files, f)
 	f.e.mu.Unlock()
 	f.closeLower()
+	f.forget()
 	return f.s.Close()
 }
 

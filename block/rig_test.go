@@ -52,7 +52,7 @@ func TestMain(m *testing.M) {
 }
 
 func leaked(before int) int {
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(30 * time.Second)
 	for runtime.NumGoroutine() > 1 && time.Now().Before(deadline) {
 		time.Sleep(10 * time.Millisecond)
 	}
@@ -158,6 +158,7 @@ type rig struct {
 	low   string // lower file
 	lower func() (Lower, error)
 	f     *File
+	wrap  func(Store) Store // around the upper file; nil: nothing
 }
 
 // newRig makes a sketch of a lower file with the given content, and opens it.
@@ -218,7 +219,11 @@ func (r *rig) reopen() {
 			r.t.Fatal(err)
 		}
 	}
-	f, err := r.e.Open(openUpper(r.t, r.path), r.lower)
+	s := openUpper(r.t, r.path)
+	if r.wrap != nil {
+		s = r.wrap(s)
+	}
+	f, err := r.e.Open(s, r.lower)
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -6,6 +6,8 @@ import (
 	"maps"
 	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // waiting is a file that nobody has open any more and whose table is not known to be on disk.
@@ -152,6 +154,7 @@ func (e *Engine) commitOpen(f *File) {
 		e.commits.Add(1)
 	}
 	f.report("committing", err)
+	e.fillInUse(f)
 }
 
 // report tells the operator of a background failure, once until it changes or goes away: such work is tried again and
@@ -232,6 +235,61 @@ func (e *Engine) fill(f *File) error {
 	return nil
 }
 
+const (
+	// hotSyncs that found new blocks are what makes a file in use worth completing before it is closed.
+	hotSyncs = 16
+	// restPart: of the time for which a file in use is being completed, one part in restPart is work, so that its users and
+	// those of the disk come first.
+	restPart = 4
+	// roomPart of the filesystem stays free, whatever is completed in use.
+	roomPart = 20
+)
+
+// fillInUse begins to complete f, which is open, if it is synced again and again, as a database is: once it is an ordinary
+// file a sync of it is one of the filesystem's, with nothing to be told of. It completes one file at a time.
+func (e *Engine) fillInUse(f *File) {
+	if e.opts.Fill != FillIdle || f.syncs.Load() < hotSyncs || f.format != Sparse || !f.worthCompleting() || !f.hasRoom() || e.filling.Swap(true) {
+		return
+	}
+	e.wg.Go(func() {
+		defer e.filling.Store(false)
+		if err := e.fillSlowly(f); !f.closed.Load() {
+			f.report("completing", err)
+		}
+	})
+}
+
+// fillSlowly is fill for a file in use.
+func (e *Engine) fillSlowly(f *File) error {
+	for off := int64(0); !f.closed.Load() && !f.nameless.Load(); {
+		began := time.Now()
+		next, err := f.bringPiece(off, unbounded)
+		if err != nil {
+			return err
+		}
+		if next <= off {
+			return f.Complete()
+		}
+		off = next
+		select {
+		case <-time.After(time.Since(began) * (restPart - 1)):
+		case <-e.end:
+			return nil
+		}
+	}
+	return nil
+}
+
+// hasRoom says whether the filesystem has space for twice what f lacks, and a part of itself besides.
+func (f *File) hasRoom() bool {
+	var st unix.Statfs_t
+	if err := retry(func() error { return unix.Fstatfs(f.s.FD(), &st) }); err != nil {
+		return false
+	}
+	lower, transit, _ := f.States()
+	return uint64((lower+transit)<<f.shift)*2/uint64(st.Bsize)+st.Blocks/roomPart < st.Bavail
+}
+
 // settleRest settles whatever still waits when the engine has ended.
 func (e *Engine) settleRest() (first error) {
 	e.mu.Lock()
@@ -243,6 +301,12 @@ func (e *Engine) settleRest() (first error) {
 	e.mu.Unlock()
 	for len(e.fills) > 0 {
 		files = append(files, <-e.fills)
+	}
+	if e.discard.Load() {
+		for _, f := range files {
+			e.settled(f)
+		}
+		return nil
 	}
 	rest := e.settleWholes(files)
 	if len(rest) < len(files) && !e.opts.Volatile {
@@ -308,9 +372,6 @@ func (f *File) nameLosses(why error) {
 	}
 }
 
-// blockRange is blocks lo to hi, inclusive.
-type blockRange struct{ lo, hi int64 }
-
 // unsaved returns the InTransit blocks, and the blocks that some piece of the table on disk does not know.
 func (f *File) unsaved() (transit, untold []blockRange) {
 	f.shape.RLock()
@@ -339,7 +400,7 @@ func (f *File) unsaved() (transit, untold []blockRange) {
 		per = entriesPerPage(f.format)
 	}
 	for i, p := range f.tab.pages {
-		if p.dirty {
+		if p.dirty && f.untoldIn(i*per, (i+1)*per-1) {
 			untold = append(untold, blockRange{i * per, (i+1)*per - 1})
 		}
 	}
@@ -350,4 +411,9 @@ func (f *File) unsaved() (transit, untold []blockRange) {
 	}
 	slices.SortFunc(untold, func(a, b blockRange) int { return cmp.Compare(a.lo, b.lo) })
 	return transit, untold
+}
+
+// untoldIn says whether one of the blocks lo to hi, of a page that is newer than the disk, is known to nothing on disk.
+func (f *File) untoldIn(lo, hi int64) bool {
+	return f.format != Sparse || slices.ContainsFunc(f.fresh, func(r blockRange) bool { return r.lo <= hi && r.hi >= lo })
 }

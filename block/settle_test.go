@@ -169,6 +169,68 @@ func TestFillIdleHot(t *testing.T) {
 	}
 }
 
+// TestFillInUse: a file that is synced again and again is completed while it is open and written to, and loses nothing.
+func TestFillInUse(t *testing.T) {
+	want := testContent(3<<20 + 100)
+	r := newRig(t, Options{Fill: FillIdle, CommitInterval: 5 * time.Millisecond}, want)
+	p := testContent(5000)
+	for i, end := 0, time.Now().Add(time.Minute); r.f.Sketch() && time.Now().Before(end); i++ {
+		off := int64(i*7919*13) % (2 << 20) // what lies behind is never written
+		p[0] = byte(i)
+		copy(want[off:], p)
+		r.write(p, off)
+		if i%10 == 0 {
+			if err := r.f.Sync(i%20 == 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if r.f.Sketch() {
+		t.Fatal("it stayed a sketch")
+	}
+	r.expect(want)
+	r.write([]byte("after"), 77)
+	copy(want[77:], "after")
+	r.reopen()
+	r.expect(want)
+}
+
+// TestFillInUseOnly: what is not synced again and again, or was asked to take no space, stays a sketch while it is open.
+func TestFillInUseOnly(t *testing.T) {
+	for name, c := range map[string]struct {
+		fill  Fill
+		syncs int
+		begun bool
+	}{"hot": {FillIdle, hotSyncs, true}, "hardly synced": {FillIdle, hotSyncs - 1, false}, "none": {FillNone, hotSyncs, false}} {
+		t.Run(name, func(t *testing.T) {
+			want := testContent(1 << 20)
+			r := newRig(t, Options{Fill: c.fill}, want)
+			for range 300 {
+				r.write(want[:4096], 0)
+			}
+			for i := range c.syncs {
+				at := int64(i*7+5) * 4096 // no log
+				r.write(want[:4096], at)
+				copy(want[at:], want[:4096])
+				if err := r.f.Sync(true); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r.e.fillInUse(r.f)
+			if begun := r.e.filling.Load() || !r.f.Sketch(); begun != c.begun {
+				t.Errorf("begun: %v", begun)
+			}
+			for end := time.Now().Add(time.Minute); r.e.filling.Load() && time.Now().Before(end); {
+				time.Sleep(time.Millisecond)
+			}
+			if r.f.Sketch() == c.begun {
+				t.Errorf("a sketch: %v", r.f.Sketch())
+			}
+			r.expect(want)
+		})
+	}
+}
+
 // TestFillIdleWithoutSpace: that completing a file fails keeps nobody waiting: what was written is on disk.
 func TestFillIdleWithoutSpace(t *testing.T) {
 	var log logbook

@@ -95,8 +95,15 @@ func (s *fdStore) Sync() error { return retry(func() error { return unix.Fsync(s
 
 func (s *fdStore) SyncData() error { return retry(func() error { return unix.Fdatasync(s.FD()) }) }
 
+// Order writes every dirty page out and waits until the device has taken them. All three flags together make the kernel
+// write pages, too, that were changed while somebody else wrote them.
+func (s *fdStore) Order() error {
+	const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+	return retry(func() error { return unix.SyncFileRange(s.FD(), 0, 0, all) })
+}
+
 func (s *fdStore) Header() ([]byte, error) {
-	var buf [256]byte
+	var buf [headerMax]byte
 	for b := buf[:]; ; {
 		n, err := unix.Fgetxattr(s.FD(), s.header, b)
 		switch {

@@ -82,6 +82,11 @@ func (t *table) flush(s Store) (wrote bool, err error) {
 	for _, i := range t.dirtyPages() {
 		t.mu.Lock()
 		p := t.pages[i]
+		if i >= t.npages { // of blocks behind a limit that was lowered before the table had its place
+			p.dirty = false
+			t.mu.Unlock()
+			continue
+		}
 		p.encode(*buf, pageID{t.kind, t.pos, i}, p.gen+1)
 		to := 1 - p.slot
 		p.dirty = false

@@ -410,6 +410,7 @@ func (f *File) unplacedRun(r *region, b, last int64) (n int64) {
 
 // place puts blocks [b, end) of one region at at and the following. The caller holds mu.
 func (f *File) place(b, end, at int64) {
+	f.remember(blocksAt, b, end, at)
 	r := f.mutable(b / regionBlocks)
 	for ; b < end; b, at = b+1, at+1 {
 		r.phys[b%regionBlocks].Store(uint32(at))

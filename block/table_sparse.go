@@ -37,7 +37,7 @@ func (f *File) loadBits(n int64) (*region, error) {
 	return r, nil
 }
 
-// stageBits tells the bitmap which blocks of region n are Upper. The caller holds mu and tab.mu.
+// stageBits tells the bitmap which blocks of region n are Upper. The caller holds commitMu, mu and tab.mu.
 func (f *File) stageBits(n int64, r *region) error {
 	p, err := f.tab.writable(f.s, n/regionsPerPage)
 	if err != nil || p.damaged {
@@ -45,9 +45,15 @@ func (f *File) stageBits(n int64, r *region) error {
 	}
 	first := n % regionsPerPage * regionBlocks
 	for i := range int64(regionBlocks) {
-		if r.state(i) == stateUpper && !p.bit(first+i) {
-			p.setBit(first + i)
-			p.dirty = true
+		if r.state(i) != stateUpper || p.bit(first+i) {
+			continue
+		}
+		p.setBit(first + i)
+		p.dirty = true
+		if b, last := n*regionBlocks+i, len(f.fresh)-1; last >= 0 && f.fresh[last].hi == b-1 {
+			f.fresh[last].hi = b
+		} else {
+			f.fresh = append(f.fresh, blockRange{b, b})
 		}
 	}
 	return nil

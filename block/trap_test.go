@@ -543,13 +543,17 @@ func TestRefusedTruncation(t *testing.T) {
 	everyFormat(t, func(t *testing.T, o Options) {
 		for _, to := range []int64{0, 10_000} {
 			for _, committed := range []bool{false, true} {
-				refusedTruncation(t, o, to, committed)
+				refusedTruncation(t, o, to, committed, 0)
+				for nth := range 4 {
+					refusedTruncation(t, o, to, committed, nth+1)
+				}
 			}
 		}
 	})
 }
 
-func refusedTruncation(t *testing.T, o Options, to int64, committed bool) {
+// refusedTruncation refuses the truncations of the upper file, or the nth change of its attributes.
+func refusedTruncation(t *testing.T, o Options, to int64, committed bool, nth int) {
 	low := &memLower{data: testContent(64 << 10), mtime: 5}
 	e := newEngine(t, o)
 	store := newCrashStore(nil)
@@ -566,21 +570,41 @@ func refusedTruncation(t *testing.T, o Options, to int64, committed bool) {
 		}
 	}
 	store.mu.Lock()
+	attrs := 0
 	store.fail = func(op string, n int) (int, error) {
-		if op == "truncate" || op == "fallocate" {
+		if op == "header" {
+			attrs++
+		}
+		if nth == 0 && (op == "truncate" || op == "fallocate") || nth > 0 && op == "header" && attrs == nth {
 			return 0, unix.EIO
 		}
 		return n, nil
 	}
 	store.mu.Unlock()
-	if err := f.Truncate(to); !errors.Is(err, unix.EIO) {
-		t.Errorf("truncate to %d, committed %v: %v", to, committed, err)
+	if err := f.Truncate(to); nth == 0 && !errors.Is(err, unix.EIO) || err == nil && f.Size() != to {
+		t.Errorf("truncate to %d, committed %v, attribute %d refused: %v, %d bytes left", to, committed, nth, err, f.Size())
 	}
 	store.mu.Lock()
 	store.fail = nil
 	store.mu.Unlock()
 	want = want[:f.Size()]
 	expectContent(t, f, want)
+	// Whoever has synced it is safe, whatever is left to be done.
+	if _, err := f.WriteAt([]byte("synced"), 0); err != nil {
+		t.Fatal(err)
+	}
+	want = append([]byte("synced"), want[min(6, len(want)):]...)
+	if err := f.Sync(false); err != nil {
+		t.Fatal(err)
+	}
+	after, err := e.Open(newCrashStore(store.power()), low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expectContent(t, after, want)
+	if err := after.Close(); err != nil {
+		t.Error(err)
+	}
 	want = append(want, make([]byte, 30_000)...)
 	if _, err := f.WriteAt([]byte("end"), int64(len(want))); err != nil {
 		t.Fatal(err)
@@ -590,7 +614,7 @@ func refusedTruncation(t *testing.T, o Options, to int64, committed bool) {
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
-	f, err := e.Open(store, low.open)
+	f, err = e.Open(store, low.open)
 	if err != nil {
 		t.Fatal(err)
 	}

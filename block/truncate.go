@@ -22,6 +22,14 @@ func (f *File) Truncate(size int64) error {
 	if f.plain.Load() {
 		return f.s.Truncate(size)
 	}
+	if m := f.known(); m != nil { // from here on it is carried through, even if this process is killed
+		m.cutTo.Store(size + 1)
+		defer func() {
+			if f.mem.Load() == m { // it goes when the file becomes an ordinary one
+				m.cutTo.Store(0)
+			}
+		}()
+	}
 	var err error
 	switch old := f.size.Load(); {
 	case size == 0:
@@ -38,9 +46,12 @@ func (f *File) Truncate(size int64) error {
 // commitMu and shape.
 func (f *File) empty() error {
 	old := f.hdr
+	if err := f.setOrigin(); err != nil { // while nothing is changed yet
+		return err
+	}
 	if !old.Kernel {
 		h := old
-		h.Complete, h.Size, h.Limit, h.TablePages, h.TablePos = true, 0, 0, 0, 0
+		h.Complete, h.Size, h.Limit, h.TablePages, h.TablePos, h.Addendum = true, 0, 0, 0, 0, ""
 		if err := f.setHeader(h); err != nil {
 			return err
 		}
@@ -82,7 +93,7 @@ func (f *File) shrink(size int64) error {
 		}
 	}
 	f.limit = h.Limit
-	f.size.Store(size)
+	f.setSize(size)
 	f.tailClean = false
 	f.forgetBehindLimit()
 	if !natural {
@@ -109,15 +120,17 @@ func (f *File) forgetBehindLimit() {
 		r := f.mutable(b / regionBlocks)
 		switch live := f.limit - start; {
 		case live <= 0:
+			if f.format != Sparse {
+				f.makeLower(b, b+1)
+				continue
+			}
 			f.dropTransit(b)
 			r.set(b%regionBlocks, stateLower)
-			if f.format != Sparse {
-				r.phys[b%regionBlocks].Store(physNone)
-			}
 		case live < f.bs:
 			spans = clip(spans, uint32(live))
 			f.transit[b] = spans
 			if len(spans) == 1 && spans[0] == (span{0, uint32(live)}) {
+				f.remember(blocksUpper, b, b+1, 0)
 				f.dropTransit(b)
 				r.set(b%regionBlocks, stateUpper)
 				r.dirty.Store(true)
@@ -136,7 +149,7 @@ func (f *File) extendTo(size int64) error {
 			return err
 		}
 	}
-	f.size.Store(size)
+	f.setSize(size)
 	return nil
 }
 
@@ -300,9 +313,6 @@ func (f *File) drop(b int64, r *region) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.dropTransit(b)
-	r.phys[i].Store(physNone)
-	r.set(i, stateLower)
-	r.dirty.Store(true)
+	f.makeLower(b, b+1)
 	return nil
 }

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+
+	"lamina/state"
 )
 
 // A small lower file is copied when it is first opened for writing: that takes less time than one request of the kernel,
@@ -21,6 +23,12 @@ func (e *Engine) CreateWhole(s Store, id Ident, from io.ReaderAt) (*File, error)
 	if err := f.copyWhole(from); err != nil {
 		s.Close()
 		return nil, err
+	}
+	if e.opts.Memory != nil {
+		m := f.newMemory()
+		m.provisional.Store(1)
+		m.rec.Publish(state.Sketch)
+		f.mem.Store(m)
 	}
 	e.created.Add(1)
 	e.createdBytes.Add(id.Size)
@@ -55,7 +63,7 @@ func (f *File) commitWhole() (synced bool, err error) {
 	if f.broken != nil {
 		return false, f.broken
 	}
-	if err := f.syncStore(true); err != nil {
+	if err := f.order(); err != nil {
 		return false, err
 	}
 	if err := f.dropHeader(); err != nil {
@@ -67,14 +75,14 @@ func (f *File) commitWhole() (synced bool, err error) {
 // dropHeader is the last step of a commit: what the lower file had at CreateWhole is on disk. Bytes that were written
 // since are in the keeping of the filesystem, as those of any file are. The caller holds commitMu.
 func (f *File) dropHeader() error {
-	if err := f.s.SetOrigin(f.hdr.Ident.Origin()); err != nil {
+	if err := f.setOrigin(); err != nil {
 		return err
 	}
-	f.attrsSynced = false
 	if err := f.s.RemoveHeader(); err != nil {
 		return err
 	}
 	f.provisional.Store(false)
+	f.forget()
 	f.e.complete.Add(1)
 	return nil
 }

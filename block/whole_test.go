@@ -81,7 +81,7 @@ func TestWholeAfterAFailedSync(t *testing.T) {
 // Many files are settled with one sync of the filesystem; if that fails, each is synced by itself.
 func TestManyWholesSettleTogether(t *testing.T) {
 	for _, fails := range []bool{false, true} {
-		e := newEngine(t, Options{SettleDelay: 200 * time.Millisecond})
+		e := newEngine(t, Options{SettleDelay: time.Second}) // all have asked for it before the first one's turn comes
 		synced := 0
 		e.SyncsWith(func() error {
 			if synced++; fails {

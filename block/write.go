@@ -65,9 +65,19 @@ func (f *File) maxSize() int64 { return maxBlocks << f.shift }
 func (f *File) grow(end int64) {
 	for {
 		old := f.size.Load()
-		if end <= old || f.size.CompareAndSwap(old, end) {
+		if end <= old {
 			return
 		}
+		if f.size.CompareAndSwap(old, end) {
+			break
+		}
+	}
+	m := f.mem.Load()
+	if m == nil && (f.format != Sparse || f.bound != unbounded) { // otherwise the upper file's length says it
+		m = f.known()
+	}
+	if m != nil {
+		m.grow(end)
 	}
 }
 
@@ -153,6 +163,9 @@ func (f *File) writeSparse(p []byte, off int64) (int, error) {
 func (f *File) mark(off, end int64) (partial bool) {
 	if f.format == Sparse {
 		end = min(end, f.limit)
+	}
+	if off < end {
+		f.remember(bytesNew, off, end, 0)
 	}
 	for off < end {
 		b := off >> f.shift

@@ -31,6 +31,8 @@ type Options struct {
 	NS Namespace
 	// OverrideStat is where owner and mode are kept. Zero: in the inodes.
 	OverrideStat Override
+	// WhiteoutFiles: ".wh." files are whiteouts, as in an image's archive. False: they are files like any other.
+	WhiteoutFiles bool
 }
 
 // Dir is a directory used as a layer. All methods are safe for concurrent use, and all paths are relative to its root.
@@ -41,6 +43,7 @@ type Dir struct {
 	ns       Namespace
 	override Override
 	readOnly bool
+	whFiles  bool  // see Options.WhiteoutFiles
 	cloneErr error // why a ReadOnly root is no clone
 	fsid     uint64
 
@@ -56,7 +59,7 @@ type Dir struct {
 // reports false. Such a layer is still never written by this package, but its descriptors must not be handed to the
 // kernel as backing files.
 func OpenDir(path string, opt Options) (*Dir, error) {
-	d := &Dir{name: path, ns: opt.NS, override: opt.OverrideStat, readOnly: opt.ReadOnly, root: -1}
+	d := &Dir{name: path, ns: opt.NS, override: opt.OverrideStat, readOnly: opt.ReadOnly, whFiles: opt.WhiteoutFiles, root: -1}
 	abs, err := filepath.Abs(path)
 	if err != nil {
 		return nil, err
@@ -271,6 +274,9 @@ func (d *Dir) at(path string) (parent *dirRef, fd int, name string, err error) {
 	if err := checkName(name); err != nil {
 		return nil, -1, "", err
 	}
+	if d.reserved(name) {
+		return nil, -1, "", unix.EINVAL // as fuse-overlayfs says of a name that an image cannot hold
+	}
 	if cut < 0 {
 		return nil, d.root, name, nil
 	}
@@ -305,12 +311,18 @@ func (d *Dir) dir(path string) (*dirRef, error) {
 // Stat implements Layer.
 func (d *Dir) Stat(path string) (unix.Stat_t, error) {
 	var st unix.Stat_t
+	if d.reserved(path) {
+		return st, d.fail("stat", path, unix.ENOENT)
+	}
 	parent, fd, name, err := d.at(path)
 	if err != nil {
 		return st, d.fail("stat", path, err)
 	}
 	defer done(parent)
 	err = d.statAt(fd, name, path, &st)
+	if err != nil && errors.Is(err, unix.ENOENT) && d.whiteoutFile(fd, name) {
+		return unix.Stat_t{Mode: unix.S_IFCHR, Nlink: 1}, nil
+	}
 	return st, err
 }
 
@@ -353,13 +365,11 @@ func (d *Dir) applyOverride(path string, st *unix.Stat_t, v []byte, err error) e
 
 // ReadDir implements Layer.
 func (d *Dir) ReadDir(path string) ([]Entry, error) {
-	fd, err := d.openDirRead(path)
-	if err != nil {
-		return nil, d.fail("readdir", path, err)
+	entries, err := d.RawReadDir(path)
+	if d.whFiles {
+		entries = translate(entries)
 	}
-	defer unix.Close(fd)
-	entries, err := readEntries(fd)
-	return entries, d.fail("readdir", path, err)
+	return entries, err
 }
 
 // openDirRead opens the directory at path for reading its entries or syncing it.

@@ -22,13 +22,17 @@ func (d *Dir) Marks(path string, mode uint32) (Marks, error) {
 		return m, d.fail("listxattr", path, err)
 	}
 	m.Bare, m.Capable = !has.any, has.capability
+	if typ == unix.S_IFDIR && d.whFiles {
+		// A redirect says what the directory merges with, whatever was here before it.
+		m.Opaque = d.opaqueFile(fd, name) || !has.redirect && d.whiteoutFile(fd, name)
+	}
 	if has == (markSet{any: has.any, capability: has.capability}) {
 		return m, nil
 	}
 	r := markReader{d: d, fd: fd, name: name, path: path}
 	if typ == unix.S_IFDIR {
 		if v, ok := r.read(has.opaque, XattrOpaque); ok {
-			m.Opaque, m.XWhiteouts = string(v) == "y", string(v) == "x"
+			m.Opaque, m.XWhiteouts = m.Opaque || string(v) == "y", string(v) == "x"
 		}
 	}
 	if typ == unix.S_IFREG {

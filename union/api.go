@@ -3,6 +3,7 @@ package union
 import (
 	"lamina/block"
 	"lamina/layer"
+	"lamina/state"
 
 	"golang.org/x/sys/unix"
 )
@@ -33,6 +34,11 @@ type Config struct {
 	Index bool
 	// Volatile: never sync.
 	Volatile bool
+	// State is memory that outlives this process, see memory.go; nil: there is none. Resume: it is what a killed process
+	// left that had the same layers; Moved are places to which something may have been renamed in the moment of its death.
+	State  *state.Arena
+	Resume bool
+	Moved  []Place
 	// Logf receives one line per event that an operator must know of (damage, refused lower).
 	Logf func(format string, args ...any)
 }

@@ -70,9 +70,12 @@ func (fs *FS) copyUpTo(n *Node, why purpose) (served bool, err error) {
 	n.cu.Lock()
 	defer n.cu.Unlock()
 	fs.tree.RLock()
-	done := n.upper
+	done, detached := n.upper, n.detached
 	fs.tree.RUnlock()
-	if done {
+	switch {
+	case detached:
+		return false, unix.ESTALE
+	case done:
 		return false, nil
 	}
 	p, err := fs.prepare(n, why)
@@ -187,7 +190,7 @@ func (fs *FS) prepare(n *Node, why purpose) (*prepared, error) {
 	if err == nil && !p.sketch {
 		err = fs.setOrigin(p, key{l.FS(), st.Ino})
 	}
-	if err == nil && fs.cfg.Index && st.Nlink > 1 {
+	if err == nil && fs.cfg.Index && st.Nlink > 1 && fs.canMark(st.Mode) {
 		err = p.setxattr(fs, fs.prefix+layer.XattrNlink, fmt.Appendf(nil, "=%d", st.Nlink))
 	}
 	if err == nil {
@@ -434,10 +437,14 @@ func (fs *FS) private(name string) bool {
 	return ok && !strings.HasPrefix(rest, "overlay.")
 }
 
+// canMark tells whether an object of this type can carry overlay's attributes: user.* exists on regular files and
+// directories only.
+func (fs *FS) canMark(mode uint32) bool { return fs.cfg.NS != layer.User || isReg(mode) || isDir(mode) }
+
 func (fs *FS) setOrigin(p *prepared, k key) error {
 	err := p.setxattr(fs, fs.prefix+layer.XattrOrigin, block.Ident{FS: k.fs, Ino: k.ino}.Origin())
 	if errors.Is(err, unix.EPERM) && fs.cfg.NS == layer.User {
-		return nil // user.* exists on regular files and directories only: the inode number of this special file changes
+		return nil // see canMark: the inode number of this special file is another one in the next mount
 	}
 	return err
 }
@@ -447,6 +454,12 @@ func (fs *FS) setOrigin(p *prepared, k key) error {
 func (fs *FS) place(n *Node, p *prepared) error {
 	l, named := fs.firstLink(n)
 	if n.dead || !named {
+		if p.fd >= 0 && !n.rec.None() {
+			if err := fs.keepNameless(n, p.fd); err != nil {
+				return err
+			}
+			n.kept = &keeper{fd: -1} // install holds the lock
+		}
 		if p.tmp != "" { // an unlinked file that only open descriptors reach
 			return fs.work.Unlink(p.tmp)
 		}

@@ -118,6 +118,14 @@ func (fs *FS) tmpfile(dir *Node, mode uint32, c Cred) (*Node, int, error) {
 	fs.tab.Lock()
 	fs.register(n)
 	fs.tab.Unlock()
+	if !n.rec.None() {
+		if err := fs.keepNameless(n, fd); err != nil {
+			unix.Close(fd)
+			fs.Forget(n.id, 1)
+			return nil, -1, err
+		}
+		n.kept = &keeper{fd: -1}
+	}
 	return n, fd, nil
 }
 
@@ -238,6 +246,9 @@ func (fs *FS) replaceWhiteout(dir *Node, name string, mode uint32, c Cred, make 
 			fs.discardFile(tmp) // now the whiteout
 			return st, nil
 		}
+		if errors.Is(err, unix.ENOENT) { // the whiteout is a file of another name, which stays
+			err = layer.Rename(fs.work, tmp, fs.upper, path, unix.RENAME_NOREPLACE)
+		}
 	} else if err == nil {
 		err = layer.Rename(fs.work, tmp, fs.upper, path, 0)
 	}
@@ -353,16 +364,21 @@ func (fs *FS) Link(n, dir *Node, name string) (*Node, error) {
 		}
 	}
 	dir.list.Store(nil)
+	unborn := n.unborn
 	n.mu.Lock()
 	n.dead, n.unborn = false, false
 	n.mu.Unlock()
 	fs.tab.Lock()
-	defer fs.tab.Unlock()
 	if fs.byKey[n.key] == nil {
 		fs.byKey[n.key] = n
 	}
-	n.refs++
+	n.addRefs(1)
 	n.addLink(dir, name)
+	fs.tab.Unlock()
+	n.rememberLife() // only now: a successor finds the file by its name, or else by what was kept
+	if unborn && !n.rec.None() {
+		n.unkeep()
+	}
 	return n, nil
 }
 

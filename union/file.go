@@ -15,6 +15,7 @@ import (
 type content struct {
 	file  *block.File       // upper
 	lower block.Lower       // lower only
+	stack []lowerRef        // lower only: where it lies
 	pass  bool              // lower can be handed to the kernel for passthrough
 	done  func(*block.File) // Node.settled, made once
 	prev  *content          // what the descriptors used before: calls in flight may still do, so it stays until the last goes
@@ -75,6 +76,14 @@ func (fs *FS) Open(n *Node, flags uint32) (*Handle, error) {
 func (fs *FS) acquire(n *Node) error {
 	fs.tree.RLock()
 	defer fs.tree.RUnlock()
+	if n.detached {
+		return unix.ESTALE
+	}
+	return fs.openAgain(n)
+}
+
+// openAgain is acquire of a node that may be detached. The caller holds tree.
+func (fs *FS) openAgain(n *Node) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.cur.Load() == nil {
@@ -93,10 +102,17 @@ func (fs *FS) acquire(n *Node) error {
 func (n *Node) unkeep() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.kept != nil && n.kept.fd >= 0 {
+	n.strikeBelow()
+	if n.kept == nil {
+		return
+	}
+	if n.kept.fd >= 0 {
 		unix.Close(n.kept.fd)
 	}
 	n.kept = nil
+	if !n.rec.None() {
+		n.fs.dropKept(n.id)
+	}
 }
 
 // keeper keeps a file that lost its last name.
@@ -109,10 +125,14 @@ type keeper struct {
 type unkept struct {
 	fd int
 	c  *content
+	id uint64
 }
 
-func closeUnkept(list []unkept) {
+func (fs *FS) closeUnkept(list []unkept) {
 	for _, u := range list {
+		if fs.state != nil {
+			fs.dropKept(u.id)
+		}
 		if u.fd >= 0 {
 			unix.Close(u.fd)
 		}
@@ -139,7 +159,11 @@ func (n *Node) hold() {
 // have looked the name up and be about to open it, or to follow it. A lower file needs no keeping. The caller holds tree
 // for writing.
 func (fs *FS) keep(n *Node, was *Attr) {
-	if !n.upper || was.Nlink > 1 {
+	if was.Nlink > 1 {
+		return
+	}
+	n.writeBelow()
+	if !n.upper {
 		return
 	}
 	n.mu.Lock()
@@ -164,6 +188,7 @@ func (fs *FS) keep(n *Node, was *Attr) {
 			return // nobody could open it under its name either
 		}
 	}
+	fs.keepLink(n)
 	n.kept = k
 }
 
@@ -207,7 +232,7 @@ func (fs *FS) openBelow(stack []lowerRef) (*content, error) {
 		return nil, err
 	}
 	d, ok := fs.lowers[stack[0].layer].(*layer.Dir)
-	return &content{lower: low, pass: ok && d.Cloned() && !stack[0].sketch}, nil
+	return &content{lower: low, stack: stack, pass: ok && d.Cloned() && !stack[0].sketch}, nil
 }
 
 // upperAt says where the upper object of a node is: under its name, or in the index. The caller holds tree.
@@ -494,6 +519,13 @@ func (h *Handle) Backing() (fd int, kind BackingKind) {
 	return -1, BackingNone
 }
 
+// Provisional says that after a power cut the file would be the lower one again, whatever of the upper file is on disk:
+// until the next Sync nothing that is written to the descriptor that Backing gives is durable.
+func (h *Handle) Provisional() bool {
+	c := h.n.cur.Load()
+	return c.file != nil && c.file.Provisional()
+}
+
 // Name is one name of a node, by the number of its directory's node.
 type Name struct {
 	Dir  uint64
@@ -502,7 +534,8 @@ type Name struct {
 
 // Detach takes the names of a lower file away from n, so that the file can be copied up while readers of n whose reads
 // the kernel passes to the lower file live on: n keeps showing the lower's bytes. The names are returned: whoever looks
-// them up again finds another node (another node number, the same st_ino).
+// them up again finds another node (another node number, the same st_ino). Until the kernel has, and whenever somebody
+// comes to n by a descriptor, opening n or changing anything about it is ESTALE, which has the kernel look the name up.
 func (fs *FS) Detach(n *Node) ([]Name, error) {
 	// The next node does not know which names of a copy-up are not on disk yet.
 	if err := fs.syncUp(n); err != nil {
@@ -510,8 +543,8 @@ func (fs *FS) Detach(n *Node) ([]Name, error) {
 	}
 	fs.tree.Lock()
 	defer fs.tree.Unlock()
-	if n.dead || len(n.stack) == 0 {
-		return nil, nil // another was faster, or nothing of the lower file is left to show
+	if n.dead {
+		return nil, nil // another was faster
 	}
 	last, err := fs.attr(n)
 	if err != nil {
@@ -519,9 +552,17 @@ func (fs *FS) Detach(n *Node) ([]Name, error) {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if c := n.cur.Load(); c != nil && c.file != nil {
-		// Copied up for its metadata only: the sketch, still without blocks, stays with the names.
-		below, err := fs.openBelow(n.stack)
+	c := n.cur.Load()
+	stack := n.stack
+	for below := c; len(stack) == 0 && below != nil; below = below.prev {
+		stack = below.stack // it was copied up whole while readers had it open
+	}
+	if len(stack) == 0 {
+		return nil, nil // nobody has the lower file open
+	}
+	if c != nil && c.file != nil {
+		// Copied up for its metadata or a name only: what was made of it stays with the names.
+		below, err := fs.openBelow(stack)
 		if err != nil {
 			return nil, err
 		}
@@ -529,6 +570,8 @@ func (fs *FS) Detach(n *Node) ([]Name, error) {
 		below.prev = c
 		n.cur.Store(below)
 	}
-	n.dead, n.last, n.upper, n.indexed = true, last, false, false
+	n.dead, n.detached, n.last, n.upper, n.indexed, n.stack = true, true, last, false, false, stack
+	n.writeBelow()
+	n.rememberLife()
 	return fs.dropLinks(n), nil
 }

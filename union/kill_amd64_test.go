@@ -9,10 +9,10 @@ import (
 	"regexp"
 	"runtime"
 	"strings"
-	"syscall"
 	"testing"
 
 	"lamina/layer"
+	"lamina/tests/steps"
 
 	"golang.org/x/sys/unix"
 )
@@ -254,66 +254,16 @@ func (s killStack) clean() {
 // many changes were begun.
 func (s killStack) run(op string, n int) int {
 	s.t.Helper()
-	runtime.LockOSThread() // ptrace requests come from the thread that traces
-	defer runtime.UnlockOSThread()
 	self, err := os.Executable()
 	must(s.t, err)
 	cmd := exec.Command(self)
 	cmd.Env = append(os.Environ(), victimEnv+"="+op+":"+s.dir, "GORACE=atexit_sleep_ms=0") // or each exit takes a second
 	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
-	must(s.t, cmd.Start())
-	defer cmd.Process.Release()
-	return trace(s.t, cmd.Process.Pid, n)
-}
-
-// trace follows the main thread of a process from its stop on, to its end or to change limit. It returns how many
-// changes were begun.
-func trace(t *testing.T, pid, limit int) (count int) {
-	t.Helper()
-	counting, inside := false, false
-	for {
-		var ws unix.WaitStatus
-		_, err := unix.Wait4(pid, &ws, unix.WALL, nil)
-		if err == unix.EINTR {
-			continue
-		}
-		must(t, err)
-		if ws.Exited() && ws.ExitStatus() != 0 {
-			t.Errorf("the operation failed: exit status %d", ws.ExitStatus())
-		}
-		if ws.Exited() || ws.Signaled() {
-			return count
-		}
-		signal := 0
-		switch stop := ws.StopSignal(); {
-		case stop == unix.SIGTRAP && !counting: // the program was executed
-			must(t, unix.PtraceSetOptions(pid, unix.PTRACE_O_TRACESYSGOOD|unix.PTRACE_O_EXITKILL))
-		case stop == unix.SIGSTOP:
-			counting = true
-		case stop == unix.SIGTRAP|0x80:
-			if inside = !inside; inside && isChange(t, pid) {
-				count++
-			}
-		default:
-			signal = int(stop)
-		}
-		switch {
-		case inside && count == limit:
-			must(t, unix.Kill(pid, unix.SIGKILL)) // in front of a system call, which is then not made
-		case counting:
-			must(t, unix.PtraceSyscall(pid, signal))
-		default:
-			must(t, unix.PtraceCont(pid, signal))
-		}
-	}
+	return steps.Run(s.t, cmd, n, isChange)
 }
 
 // isChange looks at the system call that a stopped thread is about to make.
-func isChange(t *testing.T, pid int) bool {
-	t.Helper()
-	var regs unix.PtraceRegs
-	must(t, unix.PtraceGetRegs(pid, &regs))
+func isChange(regs *unix.PtraceRegs) bool {
 	switch regs.Orig_rax {
 	case unix.SYS_OPENAT:
 		return regs.Rdx&unix.O_CREAT != 0

@@ -32,7 +32,7 @@ func TestCloseWhenAFileCannotSettle(t *testing.T) {
 	s.fs = nil
 	wantErr(t, err, unix.EIO)
 	for i := 0; runtime.NumGoroutine() > routines; i++ {
-		if i == 100 {
+		if i == 3000 {
 			t.Fatalf("%d goroutines after Close, %d before the mount", runtime.NumGoroutine(), routines)
 		}
 		time.Sleep(10 * time.Millisecond)

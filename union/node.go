@@ -4,6 +4,8 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"lamina/state"
 )
 
 // Node is one object of the union for its whole life: the same before and after copy-up, under every name it has.
@@ -20,6 +22,7 @@ type Node struct {
 	// Guarded by FS.tree.
 	upper    bool
 	upIno    uint64     // inode number of the upper object
+	byName   bool       // found by its name: nothing on disk leads from its upper object to the lower one
 	several  bool       // a lower file with several names, all of which are this node (index=on)
 	indexed  bool       // the upper object also has a name in the index, and is reached by it
 	delta    int64      // indexed: names of the union minus links of the upper inode
@@ -31,6 +34,7 @@ type Node struct {
 	redir    bool       // the upper object carries an absolute overlay.redirect
 	dead     bool       // no name is left; changed with mu held too, so that either lock will do for reading
 	unborn   bool       // dead because it has no name yet (O_TMPFILE)
+	detached bool       // dead because its names lead to another node now, whatever the kernel still believes
 	last     Attr       // what stat said when it died
 	unsyncd  bool       // the name in the upper layer came by copy-up and was not yet synced
 
@@ -51,9 +55,10 @@ type Node struct {
 	aux    any
 
 	list      atomic.Pointer[listing]
-	privClean atomic.Bool              // the upper object is known to carry neither set-id bits nor capabilities
-	noCaps    atomic.Bool              // the upper object is known to carry no capabilities
-	heritage  atomic.Pointer[heritage] // of a directory; changes with tree held for reading, is asked with it held for writing
+	privClean atomic.Bool // the upper object is known to carry neither set-id bits nor capabilities
+	nodeMemory
+	noCaps   atomic.Bool              // the upper object is known to carry no capabilities
+	heritage atomic.Pointer[heritage] // of a directory; changes with tree held for reading, is asked with it held for writing
 }
 
 // lowerRef is an object of a lower layer.
@@ -88,20 +93,29 @@ func (n *Node) SetAux(a any) { n.aux = a }
 
 // nodeTable finds the live nodes. Its mutex guards byKey and every Node's links, refs, pins and kids.
 type nodeTable struct {
-	tab    sync.Mutex
-	byID   sync.Map // uint64 -> *Node
-	byKey  map[key]*Node
-	lastID uint64
-	live   int
-	unkept []unkept // of nodes that are gone; closed by whoever lets go of tab
+	tab      sync.Mutex
+	byID     sync.Map // uint64 -> *Node
+	byKey    map[key]*Node
+	lastID   uint64
+	live     int
+	state    *state.Arena
+	reviving state.Rec // the record that the next node to be registered has already
+	unkept   []unkept  // of nodes that are gone; closed by whoever lets go of tab
 }
 
 func (t *nodeTable) init() { t.byKey = map[key]*Node{} }
 
 // register gives a new node its number. The caller holds tab, or nobody else knows the node.
 func (t *nodeTable) register(n *Node) {
-	t.lastID++
-	n.id = t.lastID
+	if r := t.reviving; !r.None() {
+		n.id, n.rec = state.As[nodeRec](r).id, r
+	} else {
+		t.lastID++
+		n.id = t.lastID
+		if t.state != nil {
+			n.writeDown(t.state)
+		}
+	}
 	t.live++
 	t.byID.Store(n.id, n)
 	if n.key != (key{}) && t.byKey[n.key] == nil {
@@ -133,24 +147,26 @@ func (fs *FS) Forget(id uint64, nlookup uint64) {
 		return
 	}
 	fs.tab.Lock()
-	n.refs -= int64(nlookup)
+	n.addRefs(-int64(nlookup))
 	fs.collect(n)
 	gone := fs.takeUnkept()
 	fs.tab.Unlock()
-	closeUnkept(gone)
+	fs.closeUnkept(gone)
 }
 
 // collect removes a node that nobody holds, and then the parents that only it held. The caller holds tab.
 func (fs *FS) collect(n *Node) {
 	for n != nil && n != fs.root && n.refs <= 0 && n.pins == 0 && n.id != 0 {
 		fs.byID.Delete(n.id)
+		id := n.id
 		n.id = 0
 		fs.live--
 		fs.unshare(n)
 		if k := n.kept; k != nil {
-			fs.unkept = append(fs.unkept, unkept{k.fd, n.cur.Swap(nil)})
+			fs.unkept = append(fs.unkept, unkept{k.fd, n.cur.Swap(nil), id})
 			n.kept = nil
 		}
+		n.strikeAll()
 		links := n.links
 		n.links = nil
 		n.list.Store(nil)
@@ -183,24 +199,31 @@ func (fs *FS) unpin(n *Node) {
 	gone := fs.takeUnkept()
 	fs.tab.Unlock()
 	if len(gone) > 0 {
-		go closeUnkept(gone) // the caller holds the lock of a file, or is the one that a commit waits for
+		go fs.closeUnkept(gone) // the caller holds the lock of a file, or is the one that a commit waits for
 	}
 }
 
 // addLink records a name. The caller holds tab.
 func (n *Node) addLink(dir *Node, name string) {
-	l := link{dir, name}
+	if l := (link{dir, name}); n.attach(l) && n.fs.reviving.None() {
+		n.writeName(l)
+	}
+}
+
+// attach is addLink without writing the name down; false if the node has it already.
+func (n *Node) attach(l link) bool {
 	if slices.Contains(n.links, l) {
-		return
+		return false
 	}
 	n.links = append(n.links, l)
-	dir.pins++
-	if isDir(n.mode) {
-		if dir.kids == nil {
-			dir.kids = map[string]*Node{}
+	l.dir.pins++
+	if isDir(n.mode) || n.byName {
+		if l.dir.kids == nil {
+			l.dir.kids = map[string]*Node{}
 		}
-		dir.kids[name] = n
+		l.dir.kids[l.name] = n
 	}
+	return true
 }
 
 // dropLink forgets a name. The caller holds tab.
@@ -210,6 +233,7 @@ func (n *Node) dropLink(dir *Node, name string) {
 		return
 	}
 	n.links = slices.Delete(n.links, i, i+1)
+	n.strikeOut(i)
 	if dir.kids[name] == n {
 		delete(dir.kids, name)
 	}

@@ -229,6 +229,32 @@ func Flatten(cfg Config, progress func(path string)) error {
 	return unix.Syncfs(fs.upper.RootFD())
 }
 
+// Seal makes an upper layer that is not mounted a layer that another union can have below: every name of a hard-linked file
+// gets its own entry, because the index that stood in for it is in the workdir, which nobody looks at then. Sketches stay
+// sketches.
+func Seal(cfg Config) error {
+	if cfg.Upper == nil || cfg.Work == nil {
+		return errors.New("no upper layer with its workdir given")
+	}
+	if list, err := cfg.Work.ReadDir(indexDir); errors.Is(err, unix.ENOENT) || err == nil && len(list) == 0 {
+		return nil // as almost always
+	}
+	fs, err := openOffline(cfg)
+	if err != nil {
+		return err
+	}
+	if err := fs.prepareWork(); err != nil {
+		return err
+	}
+	if err := fs.linkIndexed(fs.root); err != nil {
+		return err
+	}
+	if err := fs.dropIndex(); err != nil {
+		return err
+	}
+	return unix.Syncfs(fs.upper.RootFD())
+}
+
 // dropIndex removes the index: every name has its own link now, and the index's would count as one more.
 func (fs *FS) dropIndex() error {
 	entries, err := fs.work.ReadDir(indexDir)

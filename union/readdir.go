@@ -105,13 +105,21 @@ func (fs *FS) merge(n *Node) ([]DirEntry, error) {
 			return nil, err
 		}
 		entries = slices.Grow(entries, len(list))
+		// Most whiteouts are links of one inode: whoever empties a directory has it listed again and again among them.
+		var whiteout uint64
 		for _, e := range list {
 			seen.add(e.Name)
+			if e.Type == unix.DT_CHR && e.Ino == whiteout {
+				continue
+			}
 			hidden, err := fs.hides(fs.upper, path, &e, n.xwh)
 			if err != nil {
 				return nil, err
 			}
 			if hidden {
+				if e.Type == unix.DT_CHR {
+					whiteout = e.Ino
+				}
 				continue
 			}
 			entries = append(entries, DirEntry{Name: e.Name, Ino: fs.upperIno(n, &e), Type: e.Type, Off: position(e.Name)})
@@ -178,6 +186,12 @@ func (fs *FS) upperIno(dir *Node, e *layer.Entry) uint64 {
 	}
 	if isDir(f.st.Mode) {
 		return fs.dirIno(&f)
+	}
+	fs.tab.Lock()
+	n := dir.kids[e.Name]
+	fs.tab.Unlock()
+	if n != nil && n.byName {
+		return n.ino
 	}
 	k, _ := fs.keyOf(&f)
 	return fs.inoOf(k.fs, k.ino)

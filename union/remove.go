@@ -167,6 +167,7 @@ func (n *Node) die(last Attr) {
 	last.Nlink = 0
 	last.Ino = n.ino
 	n.last = last
+	n.rememberLife()
 	n.list.Store(nil)
 }
 
@@ -255,7 +256,7 @@ func (fs *FS) mustBeEmpty(n *Node) error {
 // emptyUpper removes the whiteouts from a directory that shows no name, after making it opaque, so that it shows none at
 // any time. The caller holds tree for writing.
 func (fs *FS) emptyUpper(n *Node, path string) error {
-	entries, err := fs.upper.ReadDir(path)
+	entries, err := fs.upper.RawReadDir(path)
 	if err != nil || len(entries) == 0 {
 		return err
 	}
@@ -264,7 +265,7 @@ func (fs *FS) emptyUpper(n *Node, path string) error {
 	}
 	n.stack = nil
 	for _, e := range entries {
-		if err := fs.upper.Unlink(join(path, e.Name)); err != nil {
+		if err := fs.upper.UnlinkIn(path, e.Name); err != nil {
 			return err
 		}
 	}

@@ -1,6 +1,8 @@
 package union
 
 import (
+	"errors"
+
 	"lamina/layer"
 
 	"golang.org/x/sys/unix"
@@ -249,17 +251,23 @@ func (r *rename) move() error {
 func (r *rename) rename() error {
 	fs := r.fs
 	if r.new.f.whiteout && isDir(r.old.n.mode) { // a directory does not replace a device node
-		if err := layer.Rename(fs.upper, r.old.path, fs.upper, r.new.path, unix.RENAME_EXCHANGE); err != nil {
-			return err
+		err := layer.Rename(fs.upper, r.old.path, fs.upper, r.new.path, unix.RENAME_EXCHANGE)
+		if errors.Is(err, unix.ENOENT) {
+			return r.simply() // the whiteout is a file of another name
 		}
-		if r.old.below {
-			return nil
+		if err != nil || r.old.below {
+			return err
 		}
 		if err := fs.upper.Unlink(r.old.path); err != nil { // it hides nothing: no reason to say that the rename failed
 			fs.cfg.Logf("/%s: leftover whiteout: %v", r.old.path, err)
 		}
 		return nil
 	}
+	return r.simply()
+}
+
+func (r *rename) simply() error {
+	fs := r.fs
 	flags := uint(0)
 	if r.old.below {
 		flags = unix.RENAME_WHITEOUT

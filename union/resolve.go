@@ -297,9 +297,11 @@ func (fs *FS) adopt(dir *Node, name string, f *found) (*Node, error) {
 	}
 	k, own := fs.keyOf(f)
 	indexed := false
+	byName := !f.upper && !fs.canMark(f.st.Mode)
 	if !f.upper && f.st.Nlink > 1 {
-		if !fs.cfg.Index {
-			k = key{} // without an index every name of a lower file is a file of its own once it is copied up
+		if !fs.cfg.Index || byName {
+			// Without an index every name of a lower file is a file of its own once it is copied up.
+			k, byName = key{}, true
 		} else if fs.upper != nil {
 			// Another name of this file may have been copied up, in this mount or an earlier one.
 			if st, err := fs.work.Stat(indexPath(k)); err == nil {
@@ -327,12 +329,16 @@ func (fs *FS) adopt(dir *Node, name string, f *found) (*Node, error) {
 	}
 	fs.tab.Lock()
 	defer fs.tab.Unlock()
+	if n := dir.kids[name]; n != nil && n.byName && n.mode == f.st.Mode&unix.S_IFMT {
+		n.addRefs(1)
+		return n, nil
+	}
 	if n := fs.byKey[k]; n != nil && k != (key{}) && fs.same(n, dir, name, f) {
-		n.refs++
+		n.addRefs(1)
 		n.addLink(dir, name)
 		return n, nil
 	}
-	n := &Node{fs: fs, ino: fs.inoOf(k.fs, k.ino), mode: f.st.Mode & unix.S_IFMT, key: k, upper: f.upper, stack: f.stack, lpath: f.lpath, refs: 1, indexed: indexed, delta: delta, absolute: absolute, bare: f.lmarks.Bare}
+	n := &Node{fs: fs, ino: fs.inoOf(k.fs, k.ino), mode: f.st.Mode & unix.S_IFMT, key: k, upper: f.upper, stack: f.stack, lpath: f.lpath, refs: 1, indexed: indexed, delta: delta, absolute: absolute, bare: f.lmarks.Bare, byName: byName}
 	n.several = !f.upper && f.st.Nlink > 1 && k != key{}
 	if k == (key{}) {
 		n.ino = fs.inoOf(own.fs, own.ino)
@@ -386,8 +392,8 @@ func (fs *FS) same(n, dir *Node, name string, f *found) bool {
 
 func (fs *FS) adoptDir(dir *Node, name string, f *found) (*Node, error) {
 	fs.tab.Lock()
-	if n := dir.kids[name]; n != nil {
-		n.refs++
+	if n := dir.kids[name]; n != nil && isDir(n.mode) {
+		n.addRefs(1)
 		fs.tab.Unlock()
 		return n, nil
 	}
@@ -401,8 +407,8 @@ func (fs *FS) adoptDir(dir *Node, name string, f *found) (*Node, error) {
 	n.ino = fs.dirIno(f)
 	fs.tab.Lock()
 	defer fs.tab.Unlock()
-	if other := dir.kids[name]; other != nil {
-		other.refs++
+	if other := dir.kids[name]; other != nil && isDir(other.mode) {
+		other.addRefs(1)
 		return other, nil
 	}
 	fs.register(n)

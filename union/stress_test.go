@@ -66,7 +66,7 @@ func stress(t *testing.T, mode CopyUp) {
 	wg.Wait()
 	s.fs.check(t)
 	for i := 0; s.fs.Live() > 1; i++ { // the last files still settle
-		if i == 2000 {
+		if i == 12000 {
 			t.Fatalf("%d nodes are live when everything is forgotten", s.fs.Live())
 		}
 		time.Sleep(5 * time.Millisecond)

@@ -25,6 +25,7 @@ type stack struct {
 	dir    string
 	lowers []string // topmost first
 	change func(*Config)
+	layers layer.Options // beside what each layer needs
 	fs     *FS
 }
 
@@ -54,9 +55,11 @@ func (s *stack) work() string             { return filepath.Join(s.dir, "work") 
 func (s *stack) config() Config {
 	cfg := Config{Redirect: true, Follow: true, Index: true, Logf: s.t.Logf, Engine: newTestEngine(s.t.Logf)}
 	for _, p := range s.lowers {
-		cfg.Lowers = append(cfg.Lowers, openDir(s.t, p, layer.Options{ReadOnly: true}))
+		lower := s.layers
+		lower.ReadOnly = true
+		cfg.Lowers = append(cfg.Lowers, openDir(s.t, p, lower))
 	}
-	cfg.Upper = openDir(s.t, s.upper(""), layer.Options{})
+	cfg.Upper = openDir(s.t, s.upper(""), s.layers)
 	cfg.Work = openDir(s.t, s.work(), layer.Options{})
 	if s.change != nil {
 		s.change(&cfg)
