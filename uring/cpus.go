@@ -59,6 +59,12 @@ func pin(cpu int) {
 	_ = unix.SchedSetaffinity(0, &set)
 }
 
+// unpin lets the calling thread, which must be locked, run wherever the process may.
+func unpin() bool {
+	set, err := usableCPUs()
+	return err == nil && unix.SchedSetaffinity(0, &set) == nil
+}
+
 // yieldToWakers makes the calling thread one that does not interrupt whoever wakes it (SCHED_BATCH). Most who do are about
 // to wait for it. Who does not, because he closed a file or the kernel reads ahead for him, goes on, and what he has left
 // behind is done together with what he next waits for.

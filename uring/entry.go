@@ -42,6 +42,8 @@ type entry struct {
 	used     bool // since the last trim
 	away     bool // being answered outside of the lane
 
+	readsAhead bool // the request is likely one that nobody waits for, see lane.roam
+
 	in, out [2][]byte // for fuse.ProtocolServer
 }
 
@@ -61,6 +63,7 @@ func (e *entry) header() *fuse.InHeader { return (*fuse.InHeader)(unsafe.Pointer
 // request gives the request's structure, from the header on, and its payload: names, values, bytes to write.
 func (e *entry) request() (in unsafe.Pointer, size int, payload []byte) {
 	copy(e.head[inAt:opAt], e.head[:inHeaderSize])
+	e.readsAhead = false
 	n := min(int(binary.NativeEndian.Uint32(e.head[sizeAt:])), len(e.payload))
 	e.note(n)
 	size = min(max(int(e.header().Length)-n, inHeaderSize), 2*opAt-inAt)
@@ -90,6 +93,10 @@ func (e *entry) slow() bool {
 
 // keep is how much of an entry's buffer stays in memory when it is idle.
 const keep = 64 << 10
+
+// bulk is from which size, in bytes, a read through the page cache is taken for one of the kernel's reading ahead. It asks
+// for little more than the program does until the program has read some of a file in order.
+const bulk = 128 << 10
 
 // note remembers that n bytes of the buffer were filled.
 func (e *entry) note(n int) {

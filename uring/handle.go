@@ -8,6 +8,7 @@ import (
 	"unsafe"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
 )
 
 // Opcodes of include/uapi/linux/fuse.h that are answered without go-fuse's help, or have to be known.
@@ -156,7 +157,9 @@ func (h *handler) fast(e *entry, in unsafe.Pointer, payload []byte) (n int, stat
 		h.fs.Release(h.cancel, (*fuse.ReleaseIn)(in))
 		return 0, fuse.OK, true
 	case opRead:
-		n, status := h.read((*fuse.ReadIn)(in), e.payload)
+		r := (*fuse.ReadIn)(in)
+		e.readsAhead = r.Size >= bulk && r.Flags&unix.O_DIRECT == 0
+		n, status := h.read(r, e.payload)
 		return n, status, true
 	case opWrite:
 		if uint64(len(payload)) != uint64((*fuse.WriteIn)(in).Size) {

@@ -24,6 +24,9 @@ type lane struct {
 	ring  *ring
 	event int // eventfd: there is mail
 
+	ahead   int  // how much of what it served lately was read ahead, see roam
+	roaming bool // it may run on other CPUs than its own
+
 	slots []*entry // by user data - 1
 	free  []int
 	ended bool
@@ -201,7 +204,35 @@ func (l *lane) arrived(e *entry, res int32) {
 		return
 	}
 	e.conn.handler.handle(e)
+	l.roam(e.readsAhead)
 	l.answered(e)
+}
+
+// A lane that answers what the kernel reads ahead may leave its CPU. Nobody waits for such an answer before it is there:
+// the reader goes on with what has come before, and needs the CPU to copy it to the program while the lane copies the next
+// part. On one CPU they would take turns. All others wait for their answer, and get it sooner where they are.
+const (
+	roamAfter = 4 // requests more that were read ahead than others
+	homeAfter = 8 // requests more of others, from when nothing else but reading ahead was done
+)
+
+// roam notes whether a request was one of the kernel's reading ahead.
+func (l *lane) roam(ahead bool) {
+	switch {
+	case l.cpu < 0 || !ahead && l.ahead == 0:
+		return
+	case ahead:
+		l.ahead = min(l.ahead+1, homeAfter)
+	default:
+		l.ahead--
+	}
+	switch {
+	case !l.roaming && l.ahead >= roamAfter:
+		l.roaming = unpin()
+	case l.roaming && l.ahead == 0:
+		l.roaming = false
+		pin(l.cpu)
+	}
 }
 
 func (l *lane) answered(e *entry) {

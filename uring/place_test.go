@@ -230,3 +230,108 @@ func TestRefusedConnectionGoesOnOverDev(t *testing.T) {
 		})
 	}
 }
+
+// cachedFS lets the kernel cache files, and so read ahead.
+type cachedFS struct{ *memFS }
+
+func (f cachedFS) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	status := f.memFS.Open(cancel, in, out)
+	out.OpenFlags = 0
+	return status
+}
+
+func init() { actors["read"] = func(args []string) error { return actRead(args[0], args[1]) } }
+
+// actRead reads a file in order, and must get what has this sum.
+func actRead(path, want string) error {
+	var all []byte
+	err := actOpened(path, func(fd int) error {
+		buf := make([]byte, 1<<20)
+		for {
+			n, err := unix.Read(fd, buf)
+			if n <= 0 || err != nil {
+				return err
+			}
+			all = append(all, buf[:n]...)
+		}
+	})
+	if got := sum(all); err == nil && got != want {
+		return fmt.Errorf("got %s, want %s", got, want)
+	}
+	return err
+}
+
+// What the kernel reads ahead is answered on any CPU, everything else on the one that it is asked on.
+func TestReadingAheadLeavesTheCPU(t *testing.T) {
+	all := cpus(t)
+	if len(all) < 2 {
+		t.Skip("there is no other CPU to go to")
+	}
+	fs := newMemFS()
+	content := pattern(3, 16<<20)
+	fs.file("large", content)
+	fs.file("fast", pattern(1, 5000))
+	m := serve(t, onUring, cachedFS{fs})
+	// allowed is on how many CPUs a lane may run, after f has run on it.
+	allowed := func(l *lane, f func()) int {
+		t.Helper()
+		n := make(chan int, 1)
+		l.post(func() {
+			f()
+			var set unix.CPUSet
+			_ = unix.SchedGetaffinity(0, &set)
+			n <- set.Count()
+		})
+		select {
+		case n := <-n:
+			return n
+		case <-time.After(20 * time.Second):
+			t.Fatal("a lane does not answer")
+			return 0
+		}
+	}
+	away := func() (n int) {
+		m.conn.pool.each(func(l *lane) {
+			if allowed(l, func() {}) > 1 {
+				n++
+			}
+		})
+		return n
+	}
+	for _, cpu := range all {
+		acted(t, cpu, "small requests", "fast", m.dir)
+	}
+	if n := away(); n > 0 {
+		t.Errorf("%d lanes may leave their CPU after small requests", n)
+	}
+	acted(t, all[0], "reading a large file in order", "read", m.path("large"), sum(content))
+	if away() == 0 {
+		t.Error("no lane may leave its CPU after reading a large file in order")
+	}
+	l := m.conn.pool.of(all[0])[0]
+	again := func(n int, ahead bool) func() {
+		return func() {
+			for range n {
+				l.roam(ahead)
+			}
+		}
+	}
+	for i, step := range []struct {
+		f    func()
+		want int
+	}{
+		{again(homeAfter, false), 1},
+		{again(roamAfter-1, true), 1},
+		{again(1, true), len(all)},
+		{again(1000, true), len(all)},
+		{again(homeAfter-1, false), len(all)},
+		{again(1, false), 1},
+	} {
+		if n := allowed(l, step.f); n != step.want {
+			t.Errorf("step %d: the lane may run on %d CPUs, want %d", i, n, step.want)
+		}
+	}
+	for _, cpu := range all {
+		acted(t, cpu, "small requests afterwards", "fast", m.dir)
+	}
+}

@@ -39,7 +39,10 @@ type threads struct {
 // shared are the groups that run in this process. Its lock also guards their users and turns.
 var shared struct {
 	sync.Mutex
-	groups []*threads
+	groups []*threads // with users
+	spares []*threads // without
+	keep   int        // how many spares there should be
+	making bool       // somebody makes some
 }
 
 // maxGroups is how many groups of so many lanes a process has at most: some 256 threads, which cost about 100 KiB of memory
@@ -55,13 +58,70 @@ func Open() (*Pool, error) {
 	t := leastUsed(shared.groups)
 	if t == nil || len(shared.groups) < maxGroups(t.lanes()) {
 		var err error
-		if t, err = startThreads(); err != nil {
+		if t, err = spareOrNew(); err != nil {
 			return nil, err
 		}
 		shared.groups = append(shared.groups, t)
 	}
 	t.users++
 	return &Pool{threads: t}, nil
+}
+
+// spareOrNew is called with shared locked.
+func spareOrNew() (*threads, error) {
+	n := len(shared.spares)
+	if n == 0 {
+		return startThreads()
+	}
+	t := shared.spares[n-1]
+	shared.spares = shared.spares[:n-1]
+	makeSpares()
+	return t, nil
+}
+
+// Keep has the process keep the threads of so many pools ready, which makes Open a matter of microseconds. It is for a
+// process that opens and closes pools all the time. Keep(0) ends those that nobody uses.
+func Keep(spares int) {
+	shared.Lock()
+	defer shared.Unlock()
+	shared.keep = spares
+	for len(shared.spares) > spares {
+		n := len(shared.spares)
+		go shared.spares[n-1].stop()
+		shared.spares = shared.spares[:n-1]
+	}
+	makeSpares()
+}
+
+// makeSpares has spares made if there are too few. An error is left to the Open that will find none. It is called with shared
+// locked.
+func makeSpares() {
+	if shared.making || !fewSpares() {
+		return
+	}
+	shared.making = true
+	go func() {
+		shared.Lock()
+		defer shared.Unlock()
+		defer func() { shared.making = false }()
+		for fewSpares() {
+			shared.Unlock()
+			t, err := startThreads()
+			shared.Lock()
+			if err != nil {
+				return
+			}
+			shared.spares = append(shared.spares, t)
+		}
+	}()
+}
+
+// fewSpares says whether another spare would be kept. More groups than there may be are none.
+func fewSpares() bool {
+	if t := leastUsed(shared.groups); t != nil && len(shared.groups)+len(shared.spares) >= maxGroups(t.lanes()) {
+		return false
+	}
+	return len(shared.spares) < shared.keep
 }
 
 func leastUsed(groups []*threads) *threads {
@@ -89,6 +149,10 @@ func (t *threads) release() {
 	last := t.users == 0
 	if last {
 		shared.groups = slices.DeleteFunc(shared.groups, func(g *threads) bool { return g == t })
+		if fewSpares() {
+			shared.spares = append(shared.spares, t)
+			last = false
+		}
 	}
 	shared.Unlock()
 	if last {
