@@ -248,6 +248,8 @@ func act(r *request, maps *[][]byte) (out reply, err error) {
 		out.Data = make([]byte, 256)
 		n, err = unix.Lgetxattr(r.Path, r.Args[0], out.Data)
 		out.Data = out.Data[:max(n, 0)]
+	case "fgetxattr":
+		n, err = unix.Fgetxattr(r.FD, r.Args[0], make([]byte, 256))
 	case "readdir":
 		var es []os.DirEntry
 		es, err = os.ReadDir(r.Path)

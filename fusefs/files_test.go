@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"lamina/union"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -320,10 +322,15 @@ func TestRandomOpens(t *testing.T) {
 	const seeds, steps = 2, 400
 	for _, mode := range bothModes {
 		for seed := range uint64(seeds) {
-			for _, kind := range []string{"data", "new"} {
+			for _, kind := range []string{"data", "new", "whole"} { // whole: copied when it is first opened for writing
 				t.Run(fmt.Sprintf("%v/%s/%d", mode, kind, seed), func(t *testing.T) {
 					r := newRig(t, Options{Passthrough: mode}, func(lower string) {
 						must(t, os.WriteFile(lower+"/data", []byte(content("")), 0o644))
+						must(t, os.WriteFile(lower+"/whole", []byte(content("")), 0o644))
+					}, func(c *union.Config) {
+						if kind == "whole" {
+							c.CopyUp = union.CopyUpAuto
+						}
 					})
 					if kind == "new" {
 						must(t, os.WriteFile(r.path(kind), []byte(content("")), 0o644))
@@ -337,19 +344,23 @@ func TestRandomOpens(t *testing.T) {
 
 func randomOpens(t *testing.T, file string, rnd *rand.Rand, steps int) {
 	type descriptor struct {
-		a     *actor
-		fd    int
-		write bool
+		a           *actor
+		fd          int
+		read, write bool
 	}
 	actors := []*actor{startActor(t, 0), startActor(t, 0)}
 	var open []descriptor
 	model := []byte(content(""))
 	for step := range steps {
 		if len(open) == 0 || len(open) < 6 && rnd.IntN(4) == 0 {
-			d := descriptor{a: actors[rnd.IntN(2)], write: rnd.IntN(2) == 0}
+			d := descriptor{a: actors[rnd.IntN(2)], write: rnd.IntN(2) == 0, read: true}
 			flags := unix.O_RDONLY
 			if d.write {
-				flags = unix.O_RDWR
+				d.read = rnd.IntN(3) > 0
+				flags = []int{unix.O_RDWR, unix.O_RDWR, unix.O_RDWR | unix.O_DSYNC}[rnd.IntN(3)]
+				if !d.read {
+					flags = flags&^unix.O_ACCMODE | unix.O_WRONLY
+				}
 				if rnd.IntN(20) == 0 {
 					flags |= unix.O_TRUNC
 					model = nil
@@ -381,12 +392,15 @@ func randomOpens(t *testing.T, file string, rnd *rand.Rand, steps int) {
 				model = resize(model, size)
 			}
 		case 5:
-			if len(model) > 0 {
+			if len(model) > 0 && d.read {
 				m := d.a.mmap(d.fd, len(model), unix.PROT_READ)
 				same(t, fmt.Sprintf("step %d: mapping", step), d.a.load(m, 0, len(model)), string(model))
 				d.a.munmap(m)
 			}
-		default:
+		case 6, 7:
+			if !d.read {
+				continue
+			}
 			same(t, fmt.Sprintf("step %d: read", step), d.a.pread(d.fd, 0, 2*fileLen), string(model))
 		}
 		if t.Failed() {

@@ -24,6 +24,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"lamina/union"
@@ -87,6 +88,9 @@ type Options struct {
 	Contexts []string
 	// Passthrough, see there.
 	Passthrough Passthrough
+	// NoPassthrough is why there can be none, if that is known beforehand; it is logged and told in the status. Empty: the
+	// kernel will say.
+	NoPassthrough string
 	// Transport, see there.
 	Transport Transport
 	// MaxStackDepth is 1 (the zero value) or 2. 2 lets backing files lie on overlayfs, but no overlayfs can be stacked
@@ -98,6 +102,8 @@ type Options struct {
 	ACL bool
 	// MaxWrite is the largest request in bytes. Zero: 1 MiB; the kernel's limit caps it.
 	MaxWrite int
+	// Survive makes the mount outlive this process. Nil: it ends with it.
+	Survive *Survival
 	// Logf receives one line per event that an operator must know of. Nil: nothing is logged.
 	Logf func(format string, args ...any)
 	// Debug logs every request and answer through Logf.
@@ -131,6 +137,8 @@ func (o *Options) setDefaults() error {
 
 // Server serves one mount.
 type Server struct {
+	takeOvers uint64 // how often the mount was taken over by another process
+
 	srv  *server
 	mnt  string
 	dev  transport
@@ -149,7 +157,14 @@ func Mount(fs *union.FS, mnt string, opt Options) (*Server, error) {
 		return nil, err
 	}
 	opt.ReadOnly = opt.ReadOnly || fs.ReadOnly()
-	return mount(newServer(fs, opt), mnt)
+	srv := newServer(fs, opt)
+	if opt.Survive != nil {
+		srv.answers = newJournal(srv)
+		if opt.Survive.Resume {
+			return takeOver(srv, mnt)
+		}
+	}
+	return mount(srv, mnt)
 }
 
 // MountRaw serves any filesystem the way Mount serves a union: over the same transport, with the same capabilities. What
@@ -182,12 +197,7 @@ func mount(srv *server, mnt string) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{srv: srv, mnt: abs, dev: dev, done: make(chan struct{})}
-	go func() {
-		defer close(s.done)
-		dev.serve()
-		srv.releaseAll()
-	}()
+	s := serve(srv, abs, dev)
 	err = dev.ready()
 	if err == nil {
 		s.major, s.minor, err = deviceOf(abs)
@@ -195,7 +205,20 @@ func mount(srv *server, mnt string) (*Server, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("mount point %s: the mount does not answer: %w", mnt, err), s.Unmount())
 	}
+	if opt := srv.opt.Survive; opt != nil {
+		opt.root().device.Store(uint64(s.major)<<32 | uint64(s.minor))
+	}
 	return s, nil
+}
+
+func serve(srv *server, mnt string, dev transport) *Server {
+	s := &Server{srv: srv, mnt: mnt, dev: dev, done: make(chan struct{})}
+	go func() {
+		defer close(s.done)
+		dev.serve()
+		srv.releaseAll()
+	}()
+	return s
 }
 
 // Mountpoint is the directory that the mount covers, absolute and without symbolic links.
@@ -207,8 +230,12 @@ func (s *Server) Device() (major, minor uint32) { return s.major, s.minor }
 // Wait returns when the mount is gone and the last request is answered.
 func (s *Server) Wait() { <-s.done }
 
-// Unmount takes the mount away and waits for the last request. EBUSY: somebody uses it; nothing has changed.
-// It may be called again, also after somebody else unmounted.
+// ErrCovered: somebody else has mounted on the same directory later. Who unmounts by name would take that mount away.
+var ErrCovered = errors.New("another filesystem is mounted over it: unmount that first")
+
+// Unmount takes the mount away and waits for the last request. EBUSY: somebody uses it; nothing has changed. EINVAL: it is
+// detached from its directory already, and served until its last user is gone. It may be called again, also after somebody
+// else unmounted.
 func (s *Server) Unmount() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -218,7 +245,11 @@ func (s *Server) Unmount() error {
 	default:
 	}
 	if !s.unmounted {
-		if err := s.dev.unmount(); err != nil {
+		err := s.mustBeOurs()
+		if err == nil {
+			err = s.dev.unmount()
+		}
+		if err != nil {
 			return fmt.Errorf("unmount %s: %w", s.mnt, err)
 		}
 		s.unmounted = true
@@ -226,3 +257,25 @@ func (s *Server) Unmount() error {
 	<-s.done
 	return nil
 }
+
+// mustBeOurs says why what is mounted on the directory now is not this mount.
+func (s *Server) mustBeOurs() error {
+	major, minor, err := deviceOf(s.mnt)
+	if err != nil || s.minor == 0 || major == s.major && minor == s.minor {
+		return nil // or the attempt will tell
+	}
+	info, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	device, mnt := fmt.Sprintf("%d:%d", s.major, s.minor), mountinfoEscapes.Replace(s.mnt)
+	for line := range strings.Lines(string(info)) {
+		if f := strings.Fields(line); len(f) > 4 && f[2] == device && f[4] == mnt {
+			return ErrCovered
+		}
+	}
+	return unix.EINVAL
+}
+
+// mountinfoEscapes are those of proc_pid_mountinfo(5).
+var mountinfoEscapes = strings.NewReplacer(`\`, `\134`, " ", `\040`, "\t", `\011`, "\n", `\012`)

@@ -34,7 +34,7 @@ func TestHandles(t *testing.T) {
 	if got, want := tab.open(), 3*handleChunk/2; got != want {
 		t.Errorf("%d open, want %d", got, want)
 	}
-	if fh := tab.add(&handle{}); fh%2 != 0 || fh > 3*handleChunk {
+	if fh := tab.add(&handle{}); seen[fh] != nil || placeOf(fh)%2 != 1 || placeOf(fh) >= 3*handleChunk {
 		t.Errorf("number %d is not a freed one", fh)
 	}
 }
@@ -89,3 +89,16 @@ func (w *wrapped) Error() string { return fmt.Sprint("wrapped: ", w.err) }
 func (w *wrapped) Unwrap() error { return w.err }
 
 var errUnknown = &wrapped{nil}
+
+// A RELEASE that comes again after a take-over must not close what was opened since.
+func TestHandlesAfterTakeOver(t *testing.T) {
+	var before, after handles
+	fh := before.add(&handle{})
+	before.remove(fh)
+	after.putDone()
+	h := &handle{}
+	now := after.add(h)
+	if after.remove(fh) != nil || after.get(now) != h {
+		t.Errorf("number %#x was released before, and is given out again as %#x", fh, now)
+	}
+}

@@ -34,6 +34,14 @@ import (
 // the lower's bytes. For an executable image that is what one wants of a file in use; for data it is not, because a
 // program that opened a file before somebody wrote it must see the writing. Hence the policies of [Passthrough].
 //
+// # Syncs that the server does not hear of
+//
+// What is written with O_SYNC or O_DSYNC, or through a shared mapping and then synced with msync, is made durable by the
+// backing file's filesystem alone where the inode is passed through. That is not enough for a file that is provisional
+// (see [union.Handle.Provisional]), so descriptors with which it can be done keep an idle inode of such a file cached, and
+// make one that is passed through durable before they join. RWF_DSYNC with pwritev2 on any other descriptor cannot be
+// foreseen.
+//
 // # A write to a passed-through lower file
 //
 // When an open for writing, or a truncation by name, meets such descriptors, the node loses its names
@@ -152,7 +160,25 @@ func (s *server) openWriter(n *union.Node, m *modes, flags uint32, out *fuse.Ope
 		return nil, err
 	}
 	s.awaited.Delete(n.Ino())
+	if m.passed > 0 && uh.Provisional() && s.syncsUnheard(flags) {
+		if err := uh.Sync(true); err != nil {
+			uh.Release()
+			return nil, err
+		}
+	}
 	return s.admit(n, m, uh, flags, out), nil
+}
+
+// syncsUnheard says that bytes can be written and synced through a passed-through open without a request. O_DIRECT is
+// what programs use that sync every write by itself.
+func (s *server) syncsUnheard(flags uint32) bool {
+	switch flags & unix.O_ACCMODE {
+	case unix.O_RDONLY:
+		return false
+	case unix.O_RDWR: // can be mapped
+		return true
+	}
+	return flags&(unix.O_DSYNC|unix.O_DIRECT) != 0 || s.opt.MountFlags&unix.MS_SYNCHRONOUS != 0
 }
 
 // adopt makes the handle of a file that was just created.
@@ -235,7 +261,7 @@ func (s *server) tryPass(n *union.Node, m *modes, uh *union.Handle, flags uint32
 func (s *server) mayPass(n *union.Node, uh *union.Handle, kind union.BackingKind, flags uint32) bool {
 	switch kind {
 	case union.BackingUpper:
-		return true
+		return !uh.Provisional() || !s.syncsUnheard(flags)
 	case union.BackingLower:
 		if writes(flags) {
 			return false // never: the kernel would open the lower file for writing

@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 	fds, routines := descriptors(), runtime.NumGoroutine()
 	code := m.Run()
 	// The runtime needs a moment to end goroutines that have nothing left to do.
-	for i := 0; i < 200 && runtime.NumGoroutine() > routines; i++ {
+	for i := 0; i < 3000 && runtime.NumGoroutine() > routines; i++ {
 		time.Sleep(10 * time.Millisecond)
 	}
 	if n := runtime.NumGoroutine(); n > routines {
@@ -83,7 +83,7 @@ func abandon(t testing.TB, mnt string) {
 // eventually waits for what happens without anybody waiting for it, such as the kernel's RELEASE.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for range 2000 {
+	for range 12000 {
 		if ok() {
 			return
 		}

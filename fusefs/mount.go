@@ -17,11 +17,15 @@ func mountDirect(mnt string, opt *Options, o *fuse.MountOptions) (fd int, err er
 	if err != nil {
 		return -1, err
 	}
-	defer func() {
-		if err != nil {
-			unix.Close(fd)
-		}
-	}()
+	if err := mountOn(fd, mnt, opt, o); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// mountOn mounts the connection of a descriptor of /dev/fuse.
+func mountOn(fd int, mnt string, opt *Options, o *fuse.MountOptions) error {
 	flags := opt.MountFlags
 	if opt.ReadOnly {
 		flags |= unix.MS_RDONLY
@@ -39,11 +43,11 @@ func mountDirect(mnt string, opt *Options, o *fuse.MountOptions) (fd int, err er
 	data = append(data, opt.Contexts...)
 	if err := unix.Mount(opt.FSName, mnt, "fuse."+o.Name, flags, strings.Join(data, ",")); err != nil {
 		if errors.Is(err, unix.EINVAL) && len(opt.Contexts) > 0 {
-			return -1, fmt.Errorf("mount point %s: %w: does this kernel's security module know %s?", mnt, err, strings.Join(opt.Contexts, ","))
+			return fmt.Errorf("mount point %s: %w: does this kernel's security module know %s?", mnt, err, strings.Join(opt.Contexts, ","))
 		}
-		return -1, fmt.Errorf("mount point %s: %w", mnt, err)
+		return fmt.Errorf("mount point %s: %w", mnt, err)
 	}
-	return fd, nil
+	return nil
 }
 
 // fuseDevice is /dev/fuse's number, 10:229 in the kernel's list of devices.
@@ -70,7 +74,11 @@ func openDevice() (int, error) {
 
 // mountByHelper has fusermount3 mount, which may, and returns the connection's descriptor, which it sends through a socket
 // (fusermount3(1): _FUSE_COMMFD).
-func mountByHelper(mnt string, o *fuse.MountOptions) (int, error) {
+func mountByHelper(mnt string, opt *Options, o *fuse.MountOptions) (int, error) {
+	flags, err := helperFlags(opt.MountFlags)
+	if err != nil {
+		return -1, err
+	}
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("socketpair: %w", err)
@@ -81,6 +89,7 @@ func mountByHelper(mnt string, o *fuse.MountOptions) (int, error) {
 	if o.AllowOther {
 		opts = append(opts, "allow_other")
 	}
+	opts = append(opts, flags...)
 	cmd := helperCommand(mnt, "-o", strings.Join(opts, ","))
 	cmd.Env = append(os.Environ(), "_FUSE_COMMFD=3")
 	cmd.ExtraFiles = []*os.File{theirs}
@@ -94,6 +103,29 @@ func mountByHelper(mnt string, o *fuse.MountOptions) (int, error) {
 		return -1, fmt.Errorf("mount point %s: fusermount3 sent no descriptor: %w", mnt, err)
 	}
 	return fd, nil
+}
+
+// helperFlags names MS_* flags for fusermount3, which refuses by name those that it does not know.
+func helperFlags(flags uintptr) (options []string, err error) {
+	// Read-only is an option already, nosuid and nodev are the helper's doing, relatime is the kernel's default, and a silent
+	// mount differs in what the kernel logs.
+	flags &^= unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_RELATIME | unix.MS_SILENT
+	for _, f := range []struct {
+		bit  uintptr
+		name string
+	}{
+		{unix.MS_NOEXEC, "noexec"}, {unix.MS_SYNCHRONOUS, "sync"}, {unix.MS_DIRSYNC, "dirsync"}, {unix.MS_NOATIME, "noatime"},
+		{unix.MS_NODIRATIME, "nodiratime"}, {unix.MS_STRICTATIME, "strictatime"}, {unix.MS_LAZYTIME, "lazytime"},
+	} {
+		if flags&f.bit != 0 {
+			options = append(options, f.name)
+			flags &^= f.bit
+		}
+	}
+	if flags != 0 {
+		return nil, fmt.Errorf("mount flags %#x: need a privileged mount", flags)
+	}
+	return options, nil
 }
 
 // escapeOption keeps a comma from ending the option that it is in.

@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"lamina/union"
+
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 )
@@ -92,6 +94,106 @@ func TestDetach(t *testing.T) {
 			b, err := os.ReadFile(r.lower + "/lib.so")
 			must(t, err)
 			same(t, "the lower file", string(b), image())
+		})
+	}
+}
+
+// TestDetachAfterWholeCopyUp: a change of metadata, or another name, brought the whole file into the upper layer, as it does
+// where files are cloned or copied, while readers were passed through to the lower one.
+func TestDetachAfterWholeCopyUp(t *testing.T) {
+	whole := func(c *union.Config) { c.CopyUp = union.CopyUpFull }
+	for name, before := range map[string]request{"chmod": {Op: "chmod", Mode: 0o600}, "link": {Op: "link"}} {
+		for _, write := range []string{"open", "truncate"} {
+			t.Run(name+", "+write, func(t *testing.T) {
+				r := newRig(t, Options{}, func(lower string) { must(t, os.WriteFile(lower+"/lib.so", []byte(image()), 0o644)) }, whole)
+				needPassthrough(t, r)
+				reader, writer := startActor(t, 0), startActor(t, 0)
+				path := r.path("lib.so")
+				fd := reader.open(path, unix.O_RDONLY)
+				m := reader.mmap(fd, fileLen, unix.PROT_READ)
+				before.Path, before.Path2 = path, r.path("other")
+				writer.must(before)
+				want := image()[:100]
+				if write == "open" {
+					writer.pwrite(writer.open(path, unix.O_RDWR), 4, "x")
+					want = image()[:4] + "x" + image()[5:]
+				} else {
+					writer.must(request{Op: "truncate", Path: path, Off: 100})
+				}
+				same(t, "the old reader", reader.pread(fd, 0, fileLen+16), image())
+				same(t, "the old mapping", reader.load(m, 0, fileLen), image())
+				if out := reader.do(request{Op: "fgetxattr", FD: fd, Args: []string{"user.x"}}); out.Errno != unix.ENODATA {
+					t.Errorf("an attribute that nobody has set: %v", out.Errno)
+				}
+				old := reader.must(request{Op: "fstat", FD: fd}).Stat
+				if st := reader.stat(path); old.Size != fileLen || old.Ino != st.Ino || st.Size != int64(len(want)) {
+					t.Errorf("the old reader's fstat: size %d, inode %d; by name: size %d, inode %d", old.Size, old.Ino, st.Size, st.Ino)
+				}
+				same(t, "a new reader", writer.pread(writer.open(path, unix.O_RDONLY), 0, fileLen+16), want)
+				if name == "link" {
+					eventually(t, "the other name shows it too", func() bool { return writer.stat(r.path("other")).Size == int64(len(want)) })
+				}
+				reader.close(fd)
+				b, err := os.ReadFile(r.lower + "/lib.so")
+				must(t, err)
+				same(t, "the lower file", string(b), image())
+			})
+		}
+	}
+}
+
+// TestStaleNameIsLookedUpAgain: the kernel learns only after a while that the names of a detached file lead elsewhere. What
+// is done by such a name meanwhile is done to the file that has it, and not to one that nobody will see again.
+func TestStaleNameIsLookedUpAgain(t *testing.T) {
+	ways := map[string]func(t *testing.T, a *actor, path string){
+		"write":    func(_ *testing.T, a *actor, path string) { a.pwrite(a.open(path, unix.O_RDWR), 4, "x") },
+		"truncate": func(_ *testing.T, a *actor, path string) { a.must(request{Op: "truncate", Path: path, Off: 100}) },
+		"chmod":    func(_ *testing.T, a *actor, path string) { a.must(request{Op: "chmod", Path: path, Mode: 0o751}) },
+		"link": func(_ *testing.T, a *actor, path string) {
+			a.must(request{Op: "link", Path: path, Path2: path + ".other"})
+		},
+		"read": func(t *testing.T, a *actor, path string) {
+			same(t, "read", a.pread(a.open(path, unix.O_RDONLY), 0, 9), "\x7fELFNEWER")
+		},
+	}
+	for name, do := range ways {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, Options{}, func(lower string) { must(t, os.WriteFile(lower+"/lib.so", []byte(image()), 0o644)) })
+			a := startActor(t, 0)
+			path := r.path("lib.so")
+			a.stat(path) // the kernel knows the name
+			n, err := r.fs.Lookup(r.fs.Root(), "lib.so")
+			must(t, err)
+			_, err = r.fs.Detach(n) // and is not told
+			must(t, err)
+			r.fs.Forget(n.ID(), 1)
+			if name == "read" { // somebody who has looked it up again has written to it
+				n, err := r.fs.Lookup(r.fs.Root(), "lib.so")
+				must(t, err)
+				h, err := r.fs.Open(n, unix.O_RDWR)
+				must(t, err)
+				_, err = h.WriteAt([]byte("NEWER"), 4, false)
+				must(t, err)
+				h.Release()
+				r.fs.Forget(n.ID(), 1)
+			}
+			do(t, a, path)
+			n, err = r.fs.Lookup(r.fs.Root(), "lib.so")
+			must(t, err)
+			defer r.fs.Forget(n.ID(), 1)
+			st, err := r.fs.Attr(n)
+			must(t, err)
+			h, err := r.fs.Open(n, unix.O_RDONLY)
+			must(t, err)
+			defer h.Release()
+			var head [5]byte
+			_, err = h.ReadAt(head[:], 0)
+			must(t, err)
+			switch {
+			case name == "write" && head[4] != 'x', name == "truncate" && st.Size != 100, name == "chmod" && st.Mode&0o777 != 0o751,
+				name == "link" && st.Nlink != 2:
+				t.Errorf("what was done is lost: %q, size %d, mode %o, %d links", head, st.Size, st.Mode, st.Nlink)
+			}
 		})
 	}
 }

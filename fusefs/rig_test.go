@@ -29,7 +29,7 @@ type rig struct {
 }
 
 // newRig mounts a union of one lower layer, filled by fill, and an upper layer unless opt.ReadOnly.
-func newRig(t testing.TB, opt Options, fill func(lower string)) *rig {
+func newRig(t testing.TB, opt Options, fill func(lower string), change ...func(*union.Config)) *rig {
 	t.Helper()
 	base := t.TempDir()
 	for _, d := range []string{base, filepath.Dir(base)} { // for actors under other users
@@ -42,7 +42,7 @@ func newRig(t testing.TB, opt Options, fill func(lower string)) *rig {
 	if fill != nil {
 		fill(r.lower)
 	}
-	r.fs = openUnion(t, r.lower, r.upper, base+"/work", opt.ReadOnly)
+	r.fs = openUnion(t, r.lower, r.upper, base+"/work", opt.ReadOnly, change...)
 	r.mount(opt)
 	return r
 }
@@ -91,7 +91,7 @@ func refusePoll(mnt string) error {
 	return err
 }
 
-func openUnion(t testing.TB, lower, upper, work string, readOnly bool) *union.FS {
+func openUnion(t testing.TB, lower, upper, work string, readOnly bool, change ...func(*union.Config)) *union.FS {
 	t.Helper()
 	low, err := layer.OpenDir(lower, layer.Options{ReadOnly: true})
 	must(t, err)
@@ -102,6 +102,9 @@ func openUnion(t testing.TB, lower, upper, work string, readOnly bool) *union.FS
 		must(t, err)
 		cfg.Work, err = layer.OpenDir(work, layer.Options{})
 		must(t, err)
+	}
+	for _, f := range change {
+		f(&cfg)
 	}
 	fs, err := union.New(cfg)
 	must(t, err)

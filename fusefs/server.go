@@ -489,6 +489,7 @@ func (s *server) openExisting(dir *union.Node, name string, in *fuse.CreateIn, o
 func (s *server) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 	s.stats.count(opRelease)
 	if h := s.handles.remove(in.Fh); h != nil {
+		s.forgetHandle(h)
 		s.release(h)
 	}
 }
@@ -512,6 +513,7 @@ func (s *server) ReadInto(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (int, 
 	if err != nil && !errors.Is(err, io.EOF) {
 		return 0, s.status(err)
 	}
+	s.stats.read.Add(uint64(n))
 	return n, fuse.OK
 }
 
@@ -522,6 +524,7 @@ func (s *server) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32
 		return 0, s.status(err)
 	}
 	n, err := h.WriteAt(data, int64(in.Offset), in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0)
+	s.stats.written.Add(uint64(max(n, 0)))
 	if n > 0 && n < len(data) && in.WriteFlags&fuse.WRITE_CACHE == 0 {
 		return uint32(n), fuse.OK // a short write: the caller meets the error when it goes on
 	}

@@ -31,9 +31,15 @@ type Status struct {
 	Detached uint64 `json:"detached"`
 	// Nodes are those that the kernel or an unfinished file holds.
 	Nodes int `json:"nodes"`
+	// BytesRead and BytesWritten came through the server; what is passed through does not.
+	BytesRead    uint64 `json:"bytes_read"`
+	BytesWritten uint64 `json:"bytes_written"`
 	// Requests by kind; Errors are those answered with EIO.
 	Requests map[string]uint64 `json:"requests"`
 	Errors   uint64            `json:"errors"`
+	// Survive: the mount outlives its server. TakeOvers is how often one took over from another.
+	Survive   bool   `json:"survive"`
+	TakeOvers uint64 `json:"take_overs"`
 }
 
 // Status may be called at any time.
@@ -45,6 +51,8 @@ func (s *Server) Status() Status {
 		transportReason = err.Error()
 	}
 	return Status{
+		Survive:           srv.opt.Survive != nil,
+		TakeOvers:         s.takeOvers,
 		Mountpoint:        s.mnt,
 		TransportReason:   transportReason,
 		Transport:         s.dev.name(),
@@ -57,6 +65,8 @@ func (s *Server) Status() Status {
 		CachedOpens:       srv.stats.cached.Load(),
 		Detached:          srv.stats.detached.Load(),
 		Nodes:             srv.fs.Live(),
+		BytesRead:         srv.stats.read.Load(),
+		BytesWritten:      srv.stats.written.Load(),
 		Requests:          srv.stats.requests(),
 		Errors:            srv.errors.Load(),
 	}
@@ -95,6 +105,7 @@ var opNames = [numOps]string{"lookup", "forget", "getattr", "setattr", "open", "
 type counters struct {
 	ops                      [numOps]atomic.Uint64
 	passed, cached, detached atomic.Uint64
+	read, written            atomic.Uint64 // bytes
 }
 
 func (c *counters) count(o op) { c.ops[o].Add(1) }
@@ -122,6 +133,8 @@ func (p *passthroughState) init(opt *Options) {
 	p.opt = opt
 	if opt.Passthrough == PassthroughOff {
 		p.off.Store(true)
+	} else if opt.NoPassthrough != "" {
+		p.disable(opt.NoPassthrough)
 	}
 }
 
@@ -133,11 +146,14 @@ func (p *passthroughState) disable(reason string) {
 	p.report(reason)
 }
 
+// NeedsPrivileges says why passthrough is off, and what would help.
+const NeedsPrivileges = "registering a backing file needs CAP_SYS_ADMIN in the initial user namespace: mount as root there"
+
 // failed judges a backing file that could not be registered. The file is then opened cached.
 func (p *passthroughState) failed(err error) {
 	switch {
 	case errors.Is(err, unix.EPERM):
-		p.disable("registering a backing file needs CAP_SYS_ADMIN in the initial user namespace: mount as root there")
+		p.disable(NeedsPrivileges)
 	case errors.Is(err, unix.ELOOP):
 		p.report(fmt.Sprintf("a layer lies on a stacked filesystem and max_stack_depth is %d: mount with max_stack_depth=2, or keep the layers on a plain filesystem", p.opt.MaxStackDepth))
 	default:

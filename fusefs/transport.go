@@ -69,6 +69,9 @@ var _ transport = (*devTransport)(nil)
 // connect mounts on mnt, an absolute path, exchanges INIT with the kernel and chooses the transport. On an error nothing
 // is mounted.
 func connect(srv *server, mnt string, opt *Options) (transport, error) {
+	if opt.Survive != nil {
+		return connectKept(srv, mnt, opt)
+	}
 	rings, reason, err := openRings(opt)
 	if err != nil {
 		return nil, err
@@ -102,7 +105,7 @@ func mountDev(srv *server, mnt string, opt *Options, rings *uring.Pool) (t *devT
 	} else if len(opt.Contexts) > 0 {
 		err = fmt.Errorf("option %s: needs a privileged mount", opt.Contexts[0])
 	} else {
-		fd, err = mountByHelper(mnt, o)
+		fd, err = mountByHelper(mnt, opt, o)
 	}
 	if err != nil {
 		return nil, -1, err
@@ -135,7 +138,7 @@ func mountOptions(opt *Options) *fuse.MountOptions {
 		Debug:                    opt.Debug,
 		Logger:                   log.New(logWriter(opt.Logf), "", 0),
 	}
-	if opt.Passthrough == PassthroughOff {
+	if opt.Passthrough == PassthroughOff || opt.NoPassthrough != "" {
 		o.DisabledCapabilities = fuse.CAP_PASSTHROUGH
 	}
 	if opt.ReadOnly {
@@ -169,21 +172,21 @@ func (t *devTransport) serve() { t.Serve() }
 // ready has little to wait for: INIT has been answered, and later requests wait in the kernel until serve reads them. It
 // asks the mount for nothing. A process that waits for its own answer cannot be killed: its descriptor of /dev/fuse, whose
 // closing would end the wait, is closed when its last thread has died.
-func (t *devTransport) ready() error { return t.readAhead() }
+func (t *devTransport) ready() error { return setReadAhead(t.mnt, &t.srv.opt) }
 
 // readAheadKB is how far the kernel reads ahead in cached files. Measured on a sequential read of a cached lower file:
 // 128 KiB, the kernel's default, is 1.6 times slower, 1 MiB no faster.
 const readAheadKB = "512"
 
-// readAhead sets the mount's read-ahead. In a container sysfs may be out of reach; the default stays then.
-func (t *devTransport) readAhead() error {
-	major, minor, err := deviceOf(t.mnt)
+// setReadAhead sets a mount's read-ahead. In a container sysfs may be out of reach; the default stays then.
+func setReadAhead(mnt string, opt *Options) error {
+	major, minor, err := deviceOf(mnt)
 	if err != nil {
 		return err
 	}
 	knob := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", major, minor)
-	if err := os.WriteFile(knob, []byte(readAheadKB), 0); err != nil && t.srv.opt.Debug {
-		t.srv.opt.Logf("read-ahead stays at the kernel's default: %v", err)
+	if err := os.WriteFile(knob, []byte(readAheadKB), 0); err != nil && opt.Debug {
+		opt.Logf("read-ahead stays at the kernel's default: %v", err)
 	}
 	return nil
 }

@@ -74,3 +74,41 @@ func isMounted(t *testing.T, dir string) bool {
 	must(t, err)
 	return strings.Contains(string(b), " "+dir+" ")
 }
+
+// Whoever has mounted on the directory since keeps what he has mounted there.
+func TestUnmountSparesOthers(t *testing.T) {
+	r := newRig(t, Options{}, func(lower string) { must(t, os.WriteFile(lower+"/f", []byte("data"), 0o644)) })
+	precious := r.path("precious")
+	cover := func() {
+		t.Helper()
+		must(t, unix.Mount("other", r.mnt, "tmpfs", 0, ""))
+		must(t, os.WriteFile(precious, nil, 0o600))
+	}
+	uncover := func() {
+		t.Helper()
+		if _, err := os.Stat(precious); err != nil {
+			t.Fatalf("somebody else's mount is gone: %v", err)
+		}
+		must(t, unix.Unmount(r.mnt, 0))
+	}
+	cover()
+	if err := r.Unmount(); !errors.Is(err, ErrCovered) {
+		t.Errorf("unmounting a covered mount: %v", err)
+	}
+	uncover()
+
+	fd, err := unix.Open(r.path("f"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	must(t, err)
+	must(t, unix.Unmount(r.mnt, unix.MNT_DETACH))
+	cover()
+	if err := r.Unmount(); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("unmounting a detached mount: %v", err)
+	}
+	if n, err := unix.Pread(fd, make([]byte, 4), 0); n != 4 || err != nil {
+		t.Errorf("reading from the detached mount: %d, %v", n, err)
+	}
+	unix.Close(fd)
+	r.Wait()
+	must(t, r.Unmount())
+	uncover()
+}

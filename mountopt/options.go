@@ -77,6 +77,15 @@ const (
 	CopyUpFull  CopyUp = "full"
 )
 
+// Whiteouts says how layers mark names that are gone.
+type Whiteouts string
+
+const (
+	WhiteoutsAuto    Whiteouts = "auto"    // files in a store that says it has a mount program, else devices
+	WhiteoutsDevices Whiteouts = "devices" // as kernel overlayfs
+	WhiteoutsFiles   Whiteouts = "files"   // by .wh. files as well
+)
+
 // Perms says where the upper layer keeps owners and modes (fuse-overlayfs's xattr_permissions).
 type Perms uint8
 
@@ -113,14 +122,18 @@ type Options struct {
 	CaW       CaW
 	Fill      Fill
 	CopyUp    CopyUp
+	Whiteouts Whiteouts
 
 	Transport     Transport
+	Survive       bool // the mount outlives its server: a supervisor starts another
 	Passthrough   Tri
 	MaxStackDepth int // 1 or 2
 
 	ReadOnly   bool
 	MountFlags uintptr // MS_* for mount(2), MS_RDONLY included
-	AllowOther bool    // asked for by name
+	// Propagation is MS_PRIVATE, MS_SLAVE, MS_SHARED or MS_UNBINDABLE; 0: as the mount's surroundings have it.
+	Propagation uintptr
+	AllowOther  bool // asked for by name
 	// Context are SELinux options for mount(2), such as `context="a:b:c,d"`, in the kernel's syntax.
 	Context []string
 	FSName  string // source shown in /proc/mounts; empty: "lamina"
@@ -128,7 +141,7 @@ type Options struct {
 }
 
 func defaults() *Options {
-	return &Options{Redirect: RedirectOn, Index: true, Format: Sparse, CaW: Eager, Fill: FillNone, CopyUp: CopyUpAuto,
+	return &Options{Redirect: RedirectOn, Index: true, Format: Sparse, CaW: Eager, Fill: FillNone, CopyUp: CopyUpAuto, Whiteouts: WhiteoutsAuto,
 		Transport: TransportAuto, Passthrough: Auto, MaxStackDepth: 1}
 }
 
@@ -198,6 +211,18 @@ type parser struct {
 
 // conflicts are found when all options are read, because their order means nothing.
 func (p *parser) conflicts() error {
+	if p.o.Survive && p.o.Transport == TransportUring {
+		return &Error{"survive", "on, and transport=uring: the queues of io_uring end with the process that made them: use transport=dev or auto with survive=on, or survive=off"}
+	}
+	if p.o.Survive && !p.o.Index {
+		return &Error{"survive", "on, and index=off: nothing on disk says which names of a lower file were one: leave index=off out, or use survive=off"}
+	}
+	if p.o.Survive && p.o.UserXattr {
+		return &Error{"survive", "on, and userxattr: symbolic links cannot say there what they were copied from: leave userxattr out, or use survive=off"}
+	}
+	if p.o.Survive {
+		p.o.Transport = TransportDev
+	}
 	if p.metacopy != "off" {
 		return nil
 	}
@@ -250,6 +275,11 @@ func unescape(s string) string {
 		b.WriteByte(s[i])
 	}
 	return b.String()
+}
+
+// Escape protects a path in an option's value, or in a list of paths.
+func Escape(path string) string {
+	return strings.NewReplacer(`\`, `\\`, `:`, `\:`, `,`, `\,`).Replace(path)
 }
 
 // splitList cuts at colons that are not escaped, and unescapes the pieces.

@@ -51,6 +51,10 @@ func TestMeaning(t *testing.T) {
 			o.GIDs = []IDRange{{0, 1000, 1}, {1, 100000, 65536}}
 		}},
 		{`uidmapping=0:10:1\,5:20:1`, func(o *Options) { o.UIDs = []IDRange{{0, 10, 1}, {5, 20, 1}} }},
+		{"private", func(o *Options) { o.Propagation = unix.MS_PRIVATE }},
+		{"private,rshared", func(o *Options) { o.Propagation = unix.MS_SHARED }},
+		{"whiteouts=files", func(o *Options) { o.Whiteouts = WhiteoutsFiles }},
+		{"whiteouts=devices,whiteouts=auto", func(*Options) {}},
 		{"squash_to_root", func(o *Options) { o.SquashUID, o.SquashGID = id(0), id(0) }},
 		{"squash_to_uid=7,squash_to_root", func(o *Options) { o.SquashUID, o.SquashGID = id(7), id(0) }},
 		{"squash_to_root,squash_to_gid=8", func(o *Options) { o.SquashUID, o.SquashGID = id(0), id(8) }},
@@ -62,6 +66,8 @@ func TestMeaning(t *testing.T) {
 			o.Format, o.BlockSize, o.CaW, o.Fill, o.CopyUp = BCoW, 65536, Lazy, FillIdle, CopyUpBlock
 			o.Transport, o.Passthrough, o.MaxStackDepth = TransportDev, Off, 2
 		}},
+		{"survive=on", func(o *Options) { o.Survive, o.Transport = true, TransportDev }},
+		{"survive=on,survive=off,transport=uring", func(o *Options) { o.Transport = TransportUring }},
 		{"block_size=1m", func(o *Options) { o.BlockSize = 1 << 20 }},
 		{"ro,nosuid,nodev,noexec,noatime", func(o *Options) {
 			o.ReadOnly = true
@@ -106,6 +112,9 @@ func Test500Lowers(t *testing.T) {
 // Every refusal is one line that names the option and says what to do.
 func TestRefused(t *testing.T) {
 	for arg, want := range map[string]string{
+		"survive=on,index=off":              "leave index=off out",
+		"survive=on,userxattr":              "leave userxattr out",
+		"transport=uring,survive=on":        "use transport=dev",
 		"lowerdri=/a":                       "did you mean lowerdir?",
 		"uperdir=/a":                        "did you mean upperdir?",
 		"xyzzyplugh":                        "lamina-mount(8)",

@@ -130,11 +130,15 @@ var table = []Option{
 	{"block_size", "BYTES", "Size of a block of new sparse sketches: a power of two from 4096 to 1m; k and m are understood. Default: 4096.", Lamina, setBlockSize},
 	{"caw", "eager|lazy|sync", "When the rest of a partly written block is copied: soon (eager, default), when it is read or synced (lazy), or before the write returns (sync).", Lamina,
 		oneOf(func(o *Options) *CaW { return &o.CaW }, Eager, Lazy, Sync)},
-	{"fill", "none|idle", "Whether files that hold nearly all their blocks, or are hot, are completed when the server is idle. Default: none.", Lamina,
+	{"fill", "none|idle", "Whether files that hold nearly all their blocks, or are hot, are completed in the background: when nobody has them open, and, if they are synced again and again as a database is, while they are in use, slowly and only with space to spare. Default: none.", Lamina,
 		oneOf(func(o *Options) *Fill { return &o.Fill }, FillNone, FillIdle)},
 	{"copyup", "auto|block|clone|full", "How a file's data gets into the upper layer: cloned where the filesystem can, else block by block as it is written (auto, default); block by block; cloned, or an error; whole and synced (full).", Lamina, setCopyUp},
+	{"whiteouts", "auto|devices|files", "How layers mark names that are gone: by devices and attributes as kernel overlayfs does (devices), or by .wh. files of image archives as well (files), whose names the mount then cannot hold. auto (default) takes files for the layers of a Podman, Buildah or CRI-O store that is set up with a mount program, because these engines leave them in layers, and devices for all others.", Lamina,
+		oneOf(func(o *Options) *Whiteouts { return &o.Whiteouts }, WhiteoutsAuto, WhiteoutsDevices, WhiteoutsFiles)},
 	{"transport", "auto|uring|dev", "How requests reach the server: over io_uring (Linux 6.14), which is faster, or through /dev/fuse. auto uses io_uring where it is to be had, switching it on if that is allowed, and otherwise /dev/fuse, and says so; uring insists.", Lamina,
 		choice("auto", setTransport(TransportAuto), "uring", setTransport(TransportUring), "dev", setTransport(TransportDev))},
+	{"survive", "on|off", "Whether the mount outlives its server. on: a supervisor starts another server when one is killed, and who uses the mount waits meanwhile and sees no error. It needs root and Linux 6.9, and requests come through /dev/fuse. Default: off.", Lamina,
+		choice("on", func(p *parser) { p.o.Survive = true }, "off", func(p *parser) { p.o.Survive = false })},
 	{"passthrough", "auto|on|off", "Which opens the kernel serves by itself: those that cannot lose coherence (auto, default); every read-only open, whose descriptor then keeps the old bytes after a copy-up (on); none (off).", Lamina,
 		oneOf(func(o *Options) *Tri { return &o.Passthrough }, Auto, On, Off)},
 	{"max_stack_depth", "1|2", "How many filesystems may be stacked below for passthrough: 1 (default) lets overlayfs be mounted over Lamina, 2 lets layers lie on overlayfs.", Lamina,
@@ -148,9 +152,9 @@ var table = []Option{
 	{"nodev", "", "Devices cannot be opened.", Mount, flag(unix.MS_NODEV, true)},
 	{"exec", "", "Programs can be run (default).", Mount, flag(unix.MS_NOEXEC, false)},
 	{"noexec", "", "Programs cannot be run.", Mount, flag(unix.MS_NOEXEC, true)},
-	{"sync", "", "Every write is synced.", Mount, flag(unix.MS_SYNCHRONOUS, true)},
+	{"sync", "", "Every write to a file is synced. Changes of directories are not.", Mount, flag(unix.MS_SYNCHRONOUS, true)},
 	{"async", "", "Writes are synced when asked (default).", Mount, flag(unix.MS_SYNCHRONOUS, false)},
-	{"dirsync", "", "Changes of directories are synced.", Mount, flag(unix.MS_DIRSYNC, true)},
+	{"dirsync", "", "Refused: the kernel syncs no directory of a FUSE mount.", Mount, refuse("the kernel syncs no directory of a FUSE mount: leave it out, and call fsync(2) on directories")},
 	{"atime", "", "Access times are kept as the kernel does by default.", Mount, flag(unix.MS_NOATIME, false)},
 	{"noatime", "", "Access times are not kept.", Mount, flag(unix.MS_NOATIME, true)},
 	{"diratime", "", "Access times of directories are kept.", Mount, flag(unix.MS_NODIRATIME, false)},
@@ -161,6 +165,14 @@ var table = []Option{
 	{"nostrictatime", "", "Undoes strictatime.", Mount, flag(unix.MS_STRICTATIME, false)},
 	{"lazytime", "", "Times are written lazily.", Mount, flag(unix.MS_LAZYTIME, true)},
 	{"nolazytime", "", "Undoes lazytime.", Mount, flag(unix.MS_LAZYTIME, false)},
+	{"private", "", "Mounts made on the mount stay here, and those made elsewhere do not come here. Needs CAP_SYS_ADMIN, as the next three. What a new mount is otherwise, its surroundings decide; see mount_namespaces(7).", Mount, propagation(unix.MS_PRIVATE)},
+	{"rprivate", "", "The same as private.", Mount, propagation(unix.MS_PRIVATE)},
+	{"slave", "", "Mounts come here and do not leave.", Mount, propagation(unix.MS_SLAVE)},
+	{"rslave", "", "The same as slave.", Mount, propagation(unix.MS_SLAVE)},
+	{"shared", "", "Mounts come here and leave.", Mount, propagation(unix.MS_SHARED)},
+	{"rshared", "", "The same as shared.", Mount, propagation(unix.MS_SHARED)},
+	{"unbindable", "", "As private, and the mount cannot be bind-mounted.", Mount, propagation(unix.MS_UNBINDABLE)},
+	{"runbindable", "", "The same as unbindable.", Mount, propagation(unix.MS_UNBINDABLE)},
 	{"silent", "", "The kernel logs fewer messages.", Mount, flag(unix.MS_SILENT, true)},
 	{"loud", "", "Undoes silent.", Mount, flag(unix.MS_SILENT, false)},
 	{"allow_other", "", "Other users may use the mount. The default for root.", Mount, func(p *parser, _ string) string { p.o.AllowOther = true; return "" }},
@@ -270,6 +282,13 @@ func setFlags(o *Options, bits uintptr, on bool) {
 func flag(bits uintptr, on bool) setter {
 	return func(p *parser, _ string) string {
 		setFlags(p.o, bits, on)
+		return ""
+	}
+}
+
+func propagation(bits uintptr) setter {
+	return func(p *parser, _ string) string {
+		p.o.Propagation = bits
 		return ""
 	}
 }
