@@ -35,12 +35,14 @@ type Config struct {
 	Contenders []string  // names; none: each scenario's own choice
 	Progress   io.Writer // a line of what is being done, rewritten if it is a terminal; nil: silence
 
-	patience time.Duration // see Lab.patience; 0: the mode's
+	patience time.Duration                                // see Lab.patience; 0: the mode's
+	image    int64                                        // size of image files in bytes; 0: the mode's
+	find     func(*run, []Scenario) ([]*Contender, error) // who is here; nil: those that can be mounted
 }
 
 // total is the time that a whole run of a mode takes.
 func (m Mode) total() time.Duration {
-	return Pick(m, 165*time.Second, 10*time.Minute, 40*time.Minute)
+	return Pick(m, 165*time.Second, 560*time.Second, 33*time.Minute)
 }
 
 // run is one run's state.
@@ -101,7 +103,11 @@ func measure(ctx context.Context, cfg Config, scenarios []Scenario) (_ *report.R
 
 // all runs the scenarios. Only the end of the run is an error, or that nobody is there to be measured.
 func (r *run) all(scenarios []Scenario) error {
-	present, err := r.probeAll(scenarios)
+	find := r.cfg.find
+	if find == nil {
+		find = (*run).probeAll
+	}
+	present, err := find(r, scenarios)
 	if err != nil {
 		return err
 	}
@@ -153,11 +159,6 @@ func (l *Lab) perform() error {
 		err = errors.Join(err, os.RemoveAll(dir))
 	}
 	l.kept = nil
-	for _, g := range l.grounds {
-		if trimErr := g.trim(l.ctx); trimErr != nil && l.ctx.Err() == nil {
-			err = errors.Join(err, fmt.Errorf("afterwards: %w", trimErr))
-		}
-	}
 	if l.ctx.Err() != nil {
 		err = errors.Join(l.ctx.Err(), err)
 	} else if err != nil {
@@ -187,12 +188,9 @@ func (l *Lab) checkNeeds() error {
 		return errors.New("none of its contenders is here")
 	}
 	need := l.scenario.Space(l.Mode())
-	have, err := free(l.scratch)
+	have, err := free(l.grounds[mainGround].dir)
 	if err != nil {
 		return err
-	}
-	if main, err := free(l.grounds[mainGround].dir); err == nil {
-		have = min(have, main)
 	}
 	if have < need {
 		return fmt.Errorf("it needs %.1f GB of disk and %s has %.1f: free some, choose another --dir, or measure less (--quick)",
@@ -246,7 +244,7 @@ func (r *run) wanted(s *Scenario) []string {
 	case len(r.cfg.Contenders) > 0:
 		return slices.DeleteFunc(slices.Clone(r.cfg.Contenders), func(name string) bool {
 			c, err := find(name)
-			return err != nil || c.special && !slices.Contains(s.Contenders, name)
+			return err != nil || c.special && !slices.Contains(s.Contenders, name) && !slices.Contains(s.More, name)
 		})
 	case r.cfg.Mode == Quick && s.Quick != nil:
 		return s.Quick
@@ -388,7 +386,8 @@ func (r *run) open() error {
 	if err := os.Mkdir(images, 0o755); err != nil {
 		return err
 	}
-	mnt, err := mountImage(r.ctx, images, r.cfg.Filesystem, cachedOnce)
+	r.progress.detail("making an image file for a fresh " + r.cfg.Filesystem)
+	mnt, err := mountImage(r.ctx, images, r.cfg.Filesystem, cachedOnce, r.imageSize(true))
 	if err != nil {
 		return errors.Join(why, err)
 	}

@@ -61,7 +61,7 @@ func bench(t *testing.T, ctx context.Context, cfg Config, scenarios ...Scenario)
 		t.Fatal(err)
 	}
 	var said bytes.Buffer
-	cfg.Lamina, cfg.Mode, cfg.Progress, cfg.Rounds = binary, Quick, &said, 2
+	cfg.Lamina, cfg.Mode, cfg.Progress, cfg.Rounds, cfg.image = binary, Quick, &said, 2, 512*mib
 	switch cfg.Filesystem {
 	case "":
 		cfg.Filesystem = OnDir
@@ -198,6 +198,32 @@ func TestNoJournal(t *testing.T) {
 	}
 }
 
+// An image file has all of its blocks when it is mounted.
+func TestImagesAreWritten(t *testing.T) {
+	const size = 512 * mib
+	for fstype := range filesystems {
+		t.Run(fstype, func(t *testing.T) {
+			dir := t.TempDir()
+			mnt, err := mountImage(t.Context(), dir, fstype, cachedOnce, size)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				if err := unix.Unmount(mnt, 0); err != nil {
+					t.Error(err)
+				}
+			})
+			var st unix.Stat_t
+			if err := errors.Join(syncfs(mnt), unix.Stat(filepath.Join(dir, fstype+".img"), &st)); err != nil {
+				t.Fatal(err)
+			}
+			if st.Size != size || st.Blocks*512 < size {
+				t.Errorf("%d bytes of %d, want %d of each", st.Blocks*512, st.Size, size)
+			}
+		})
+	}
+}
+
 func TestOwnFilesystem(t *testing.T) {
 	o := bench(t, t.Context(), Config{Dir: t.TempDir(), Filesystem: "xfs"}, tiny("tiny", writeByte))
 	wantMeasured(t, o, "tiny", "plain", "overlayfs", "lamina", "lamina-dev")
@@ -260,7 +286,7 @@ func TestContenderFails(t *testing.T) {
 // A server that does not answer any more holds nothing up for ever.
 func TestContenderHangs(t *testing.T) {
 	dir := t.TempDir()
-	o := bench(t, t.Context(), Config{Dir: dir, patience: 2 * time.Second}, tiny("tiny", func(l *Lab, u *Union) error {
+	o := bench(t, t.Context(), Config{Dir: dir, patience: 8 * time.Second}, tiny("tiny", func(l *Lab, u *Union) error {
 		if u.Contender.Name == "lamina-dev" {
 			if err := unix.Kill(u.Server(), unix.SIGSTOP); err != nil {
 				return err
@@ -269,7 +295,7 @@ func TestContenderHangs(t *testing.T) {
 		return writeByte(l, u)
 	}))
 	wantMeasured(t, o, "tiny", "plain", "overlayfs", "lamina")
-	wantFailed(t, o, "tiny", "lamina-dev", "given up after 2s")
+	wantFailed(t, o, "tiny", "lamina-dev", "given up after 8s")
 }
 
 // What is not there is named with its reason; the rest runs.

@@ -16,7 +16,8 @@ const (
 	plainCopy kind = iota // a copy of the layer's files
 	union                 // a union filesystem, with the layer as its lower
 	snapshot              // a btrfs snapshot of the layer
-	floorFS               // a FUSE server that only answers
+	floorFS               // a FUSE server that shows a copy of the layer's files as they are
+	nullFS                // a FUSE server that only answers
 )
 
 // Contender is one system with its options.
@@ -37,6 +38,17 @@ type Contender struct {
 // IsLamina tells whether it is a variant of this program.
 func (c *Contender) IsLamina() bool { return c.Kind == report.Lamina }
 
+// floorOf names the floor of a variant of Lamina: the same settings without a union.
+func (c *Contender) floorOf() string {
+	switch {
+	case slices.Contains(c.Options, "transport=dev"):
+		return "floor-dev"
+	case slices.Contains(c.Options, "passthrough=on"):
+		return "floor-passthrough"
+	}
+	return "floor"
+}
+
 // Catalogue is every contender with a name of its own.
 func Catalogue() []*Contender {
 	overlay := func(name, describes string, ground groundName, kind report.Kind, options ...string) *Contender {
@@ -51,13 +63,13 @@ func Catalogue() []*Contender {
 			kind:      union, system: rival.Lamina, ground: mainGround,
 		}
 	}
-	floor := func(name, describes string, options ...string) *Contender {
+	floor := func(name string, kind kind, describes string, options ...string) *Contender {
 		return &Contender{
-			Contender: report.Contender{Name: name, Kind: report.Floor, Options: options,
-				Describes: "a FUSE server that answers what Lamina answers and does nothing, " + describes + ": the least that the transport costs"},
-			kind: floorFS, ground: mainGround, special: true,
+			Contender: report.Contender{Name: name, Kind: report.Floor, Options: options, Describes: describes},
+			kind:      kind, ground: mainGround, special: true,
 		}
 	}
+	const loopback = "a FUSE server of the same transport and settings that shows ordinary files as they are: no union is faster in user space"
 	together := lamina("lamina-one-process", "Lamina, all mounts of the host served by one process")
 	together.together, together.special = true, true
 	return []*Contender{
@@ -87,8 +99,10 @@ func Catalogue() []*Contender {
 		lamina("lamina-passthrough", "Lamina, lower files read without asking the server", "passthrough=on"),
 		lamina("lamina-nopassthrough", "Lamina, every read and write asks the server", "passthrough=off"),
 		together,
-		floor("floor", "over the default transport"),
-		floor("floor-dev", "over /dev/fuse", "transport=dev"),
+		floor("floor", floorFS, loopback),
+		floor("floor-dev", floorFS, loopback+", requests carried by /dev/fuse", "transport=dev"),
+		floor("floor-passthrough", floorFS, loopback+"; every file read and written without asking the server", "passthrough=on"),
+		floor("floor-null", nullFS, "a FUSE server that answers what Lamina answers and has nothing behind it: the least that the transport costs"),
 	}
 }
 

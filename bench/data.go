@@ -20,14 +20,13 @@ const (
 const huge = "huge"
 
 // hugeSize is its size.
-func hugeSize(m Mode) int64 { return Pick[int64](m, 64*mib, 256*mib, gib) }
+func hugeSize(m Mode) int64 { return Pick[int64](m, 32*mib, 64*mib, 256*mib) }
 
 // hugeLayer holds one large file.
 func (l *Lab) hugeLayer() *Layer { return l.fileLayer(hugeSize(l.Mode())) }
 
-// hugeSpace is what scenarios on one large file need: the layer on three filesystems, a plain copy, a copy-up, and the
-// filesystems' own needs.
-func hugeSpace(size int64) int64 { return 6*size + gib }
+// hugeSpace is what scenarios on one large file need: the layer, a plain copy, a copy-up, and some room.
+func hugeSpace(size int64) int64 { return 4*size + gib/2 }
 
 // fileLayer holds one file, huge, of a size.
 func (l *Lab) fileLayer(size int64) *Layer {

@@ -30,11 +30,49 @@ type ground struct {
 	own  bool // nothing but the bench is on it
 }
 
-// An image file is sparse: it occupies what is written to it, and gives back what is removed when it is trimmed.
-const imageSize = 64 << 30
+// imageSize is that of an image file, in bytes: what the largest scenario needs there, with what earlier ones have left. The
+// main filesystem has plain copies and whole copy-ups beside the layers; what rivals stand on shares blocks.
+func imageSize(m Mode, main bool) int64 {
+	if main {
+		return Pick[int64](m, 4*gib, 8*gib, 16*gib)
+	}
+	return Pick[int64](m, gib, 4*gib, 8*gib)
+}
+
+// allocate makes an image file of a size, or of what the disk has room for. Every block of it has been written: whoever
+// writes new blocks would otherwise wait for the filesystem below to find a place for them too, and whoever writes old ones
+// again would not.
+func allocate(ctx context.Context, path string, size int64) error {
+	room, err := free(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	size = min(size, room/10*9) / (4 * mib) * (4 * mib)
+	const flags = unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL | unix.O_CLOEXEC
+	fd, err := unix.Open(path, flags|unix.O_DIRECT, 0o600)
+	if errors.Is(err, unix.EINVAL) {
+		fd, err = unix.Open(path, flags, 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	defer f.Close()
+	zeros := aligned(4 * mib)
+	for done := int64(0); done < size; done += int64(len(zeros)) {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if _, err := f.Write(zeros); err != nil {
+			return err
+		}
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
 
 // filesystem says how to make one of a kind in an image. Nothing of what it does in the background may fall into a
-// measurement: no blocks are discarded as they become free, and no tables are initialised late.
+// measurement: no blocks are discarded, neither as they become free nor by mkfs, which would make the image sparse again, and no
+// tables are initialised late.
 type filesystem struct {
 	mkfs    []string
 	options string
@@ -42,9 +80,9 @@ type filesystem struct {
 }
 
 var filesystems = map[string]filesystem{
-	"ext4":  {[]string{"mkfs.ext4", "-q", "-E", "lazy_journal_init=1"}, "nodiscard,noinit_itable", Tool{"mkfs.ext4", "e2fsprogs"}},
-	"xfs":   {[]string{"mkfs.xfs", "-q", "-m", "reflink=1"}, "nodiscard", Tool{"mkfs.xfs", "xfsprogs"}},
-	"btrfs": {[]string{"mkfs.btrfs", "-q"}, "nodiscard", Tool{"mkfs.btrfs", "btrfs-progs"}},
+	"ext4":  {[]string{"mkfs.ext4", "-q", "-E", "lazy_journal_init=1,nodiscard"}, "nodiscard,noinit_itable", Tool{"mkfs.ext4", "e2fsprogs"}},
+	"xfs":   {[]string{"mkfs.xfs", "-q", "-K", "-m", "reflink=1"}, "nodiscard", Tool{"mkfs.xfs", "xfsprogs"}},
+	"btrfs": {[]string{"mkfs.btrfs", "-q", "-K"}, "nodiscard", Tool{"mkfs.btrfs", "btrfs-progs"}},
 }
 
 // caching says whether the page cache also holds the blocks of an image file, beside those of the files in it.
@@ -57,7 +95,7 @@ const (
 
 // mountImage makes a filesystem in an image file below dir and mounts it. Its loop device goes with the mount, whatever
 // becomes of this process.
-func mountImage(ctx context.Context, dir, fstype string, cache caching) (mnt string, err error) {
+func mountImage(ctx context.Context, dir, fstype string, cache caching, size int64) (mnt string, err error) {
 	kind := filesystems[fstype]
 	image := filepath.Join(dir, fstype+".img")
 	mnt = filepath.Join(dir, fstype)
@@ -66,16 +104,13 @@ func mountImage(ctx context.Context, dir, fstype string, cache caching) (mnt str
 			err = errors.Join(fmt.Errorf("%s on a loop device: %w", fstype, err), os.RemoveAll(image))
 		}
 	}()
-	if err := findTools(kind.tool, Tool{"losetup", "mount"}, Tool{"fstrim", "util-linux"}); err != nil {
+	if err := findTools(kind.tool, Tool{"losetup", "mount"}); err != nil {
 		return "", err
 	}
 	if err := os.Mkdir(mnt, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return "", err
 	}
-	if err := os.WriteFile(image, nil, 0o600); err != nil {
-		return "", err
-	}
-	if err := os.Truncate(image, imageSize); err != nil {
+	if err := allocate(ctx, image, size); err != nil {
 		return "", err
 	}
 	if _, err := rival.Run(ctx, kind.mkfs[0], append(kind.mkfs[1:], image)...); err != nil {
@@ -102,6 +137,14 @@ func attach(ctx context.Context, image string, cache caching) (string, error) {
 	return strings.TrimSpace(out), err
 }
 
+// imageSize is the mode's, unless a test wants less.
+func (r *run) imageSize(main bool) int64 {
+	if r.cfg.image > 0 {
+		return r.cfg.image
+	}
+	return imageSize(r.cfg.Mode, main)
+}
+
 // ground returns the filesystem of a name, making it if it is a loop device's.
 func (r *run) ground(name groundName) (*ground, error) {
 	if g := r.grounds[name]; g != nil {
@@ -111,7 +154,7 @@ func (r *run) ground(name groundName) (*ground, error) {
 		return nil, err
 	}
 	// Rivals get the loop device that is faster: after a clone they read from the image what is not cached for the clone.
-	mnt, err := mountImage(r.ctx, r.scratch, strings.ToLower(string(name)), cachedTwice)
+	mnt, err := mountImage(r.ctx, r.scratch, strings.ToLower(string(name)), cachedTwice, r.imageSize(false))
 	if err != nil {
 		if r.ctx.Err() == nil {
 			r.noGround[name] = err
@@ -147,15 +190,6 @@ func (g *ground) used() (int64, error) {
 		return 0, err
 	}
 	return int64(st.Blocks-st.Bfree) * st.Bsize, nil
-}
-
-// trim gives what was removed back to the filesystem that holds the image.
-func (g *ground) trim(ctx context.Context) error {
-	if !g.own {
-		return nil
-	}
-	_, err := rival.Run(ctx, "fstrim", g.dir)
-	return err
 }
 
 // free is how many bytes can still be written to the filesystem at dir.

@@ -23,6 +23,7 @@ type Lab struct {
 	contenders []*Contender // still in the running
 	metrics    []*Metric
 	deadline   time.Time // after it no further round begins
+	most       int       // rounds; 0: the mode's
 }
 
 // Context ends with the run: Ctrl-C.
@@ -75,6 +76,9 @@ func (l *Lab) Turns(some []*Contender, things []string, f func(c *Contender, i i
 	if most == 0 {
 		most = Pick(l.Mode(), 3, 5, 7)
 	}
+	if l.most > 0 {
+		most = min(most, l.most)
+	}
 	out := map[turn]bool{}
 	var longest time.Duration
 	for round := range most {
@@ -99,6 +103,20 @@ func (l *Lab) Turns(some []*Contender, things []string, f func(c *Contender, i i
 		longest = max(longest, time.Since(began))
 	}
 	return nil
+}
+
+// once has f's Rounds and Turns take place once.
+func (l *Lab) once(f func() error) error {
+	defer func(was int) { l.most = was }(l.most)
+	l.most = 1
+	return f()
+}
+
+// within has f's Rounds and Turns end when a part of the scenario's time that is left has passed.
+func (l *Lab) within(part float64, f func() error) error {
+	defer func(was time.Time) { l.deadline = was }(l.deadline)
+	l.deadline = time.Now().Add(time.Duration(part * float64(time.Until(l.deadline))))
+	return f()
 }
 
 // turn is one contender's measurement of one thing.
@@ -134,7 +152,7 @@ type Layer struct {
 	name  string
 	build func(ctx context.Context, dir string) error
 	on    map[groundName]string
-	plain string // the copy that plain files are measured in
+	plain string // the copy that plain files, and floors over them, are measured in
 }
 
 // Layer returns the layer of a name. build fills an empty directory, the same way every time; it is called once for each
@@ -215,7 +233,7 @@ func (ly *Layer) Warm(c *Contender, names ...string) error {
 	if err != nil {
 		return err
 	}
-	if c.kind == plainCopy && ly.plain != "" {
+	if (c.kind == plainCopy || c.kind == floorFS) && ly.plain != "" {
 		root = ly.plain
 	}
 	if len(names) == 0 {
@@ -322,8 +340,29 @@ func (m *Metric) ratio(make func(string, float64, float64) report.Figure, says s
 	va, okA := m.Median(a.Contender, a.Case)
 	vb, okB := m.Median(b.Contender, b.Case)
 	if okA && okB && vb > 0 {
-		m.Figure(make(says, va/vb, target))
+		f := make(says, va/vb, target)
+		f.Floor = m.floorRatio(a, b)
+		m.Figure(f)
 	}
+}
+
+// floorRatio is a/b with the floor in place of Lamina; 0 if the floor was not measured.
+func (m *Metric) floorRatio(a, b Of) float64 {
+	fa, fb := m.floorOf(a), m.floorOf(b)
+	va, okA := m.Median(fa.Contender, fa.Case)
+	vb, okB := m.Median(fb.Contender, fb.Case)
+	if fa == a && fb == b || !okA || !okB || vb <= 0 {
+		return 0
+	}
+	return va / vb
+}
+
+// floorOf is the floor's answer to the same question, if o is an answer of Lamina.
+func (m *Metric) floorOf(o Of) Of {
+	if c, err := find(o.Contender); err == nil && c.IsLamina() {
+		o.Contender = c.floorOf()
+	}
+	return o
 }
 
 // report sums the samples up.

@@ -6,7 +6,7 @@ type Mode string
 const (
 	Quick  Mode = "quick"  // 3 minutes for everything: a look
 	Normal Mode = "normal" // 10 minutes
-	Full   Mode = "full"   // 40 minutes: sizes as in the papers
+	Full   Mode = "full"   // 36 minutes: sizes as in the papers
 )
 
 // Scenario is one thing that the bench shows. Its Run asks the [Lab] for layers and for contenders mounted over them, and
@@ -24,9 +24,10 @@ type Scenario struct {
 	Quick, More []string
 	// Tools are programs that the scenario runs, beside those of its contenders.
 	Tools []Tool
-	// Space is how many bytes of disk the scenario occupies at most, layers included, with all its contenders.
+	// Space is how many bytes the scenario occupies on the bench's main filesystem at most, layers included.
 	Space func(Mode) int64
-	// Weight is the scenario's share of the run's time, in arbitrary units: about the seconds of a quick run.
+	// Weight is the scenario's share of the run's time, in arbitrary units: about the seconds of one round of a full run, its
+	// layers included, on two CPUs of 2026.
 	Weight float64
 
 	Run func(*Lab) error

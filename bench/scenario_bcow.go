@@ -14,7 +14,7 @@ var bcow = Scenario{
 	Contenders: []string{"plain", "overlayfs", "lamina", "lamina-bcow", "lamina-bcow-single"},
 	Quick:      []string{"lamina", "lamina-bcow", "lamina-bcow-single"},
 	Space:      func(m Mode) int64 { return hugeSpace(hugeSize(m)) },
-	Weight:     8,
+	Weight:     60,
 	Run:        runBCoW,
 }
 

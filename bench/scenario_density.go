@@ -32,7 +32,7 @@ var density = Scenario{
 	Contenders: []string{"overlayfs", "fuse-overlayfs", "lamina", "lamina-passthrough", "lamina-one-process"},
 	Quick:      []string{"overlayfs", "lamina", "lamina-one-process"},
 	Space:      func(Mode) int64 { return 512 * mib },
-	Weight:     15,
+	Weight:     160,
 	Run:        runDensity,
 }
 
@@ -50,7 +50,7 @@ type densityMetrics struct {
 
 func runDensity(l *Lab) error {
 	layer := l.Layer("density", crowdLayer)
-	counts := Pick(l.Mode(), []int{1, 8, 32}, []int{1, 4, 16, 64, 256}, []int{1, 2, 4, 8, 16, 32, 64, 128, 256})
+	counts := Pick(l.Mode(), []int{1, 16}, []int{1, 8, 64}, []int{1, 4, 16, 64, 256})
 	lines := func(name, unit string, aside bool) *Metric {
 		return l.Metric(report.Metric{Name: name, Unit: unit, LessIsBetter: true, Chart: report.Lines, XName: "mounts", XLog: true, Log: true, Aside: aside})
 	}

@@ -22,21 +22,21 @@ var fio = Scenario{
 		"cache and past it (direct), from one and from four processes. Before buffered reads the file has been read once through the " +
 		"mount. A server in user space reads the layer through the page cache even if the program asked for direct reads. A write writes an eighth of the file's size to a fresh mount and then syncs; its time includes the copy-up " +
 		"that others do at the first open.",
-	Contenders: []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-xfs", "fuse-overlayfs", "lamina", "lamina-passthrough", "lamina-dev"},
-	Quick:      []string{"plain", "overlayfs", "lamina", "lamina-passthrough"},
+	Contenders: []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-xfs", "fuse-overlayfs", "lamina", "lamina-passthrough", "lamina-dev", "floor", "floor-passthrough"},
+	Quick:      []string{"plain", "overlayfs", "lamina", "lamina-passthrough", "floor", "floor-passthrough"},
 	Tools:      []Tool{{"fio", "fio"}},
 	Space:      func(m Mode) int64 { return hugeSpace(fioSize(m)) },
-	Weight:     35,
+	Weight:     260,
 	Run:        runFio,
 }
 
 // fioSize is the lower file's size: large enough that fio's clock of milliseconds will do.
-func fioSize(m Mode) int64 { return Pick[int64](m, 128*mib, 512*mib, gib) }
+func fioSize(m Mode) int64 { return Pick[int64](m, 128*mib, 256*mib, 512*mib) }
 
 // readers and writers are those whose reads, and writes, are not another's.
 var (
-	fioReaders = []string{"plain", "overlayfs", "fuse-overlayfs", "lamina", "lamina-passthrough", "lamina-dev"}
-	fioWriters = []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-xfs", "fuse-overlayfs", "lamina", "lamina-dev"}
+	fioReaders = []string{"plain", "overlayfs", "fuse-overlayfs", "lamina", "lamina-passthrough", "lamina-dev", "floor", "floor-passthrough"}
+	fioWriters = []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-xfs", "fuse-overlayfs", "lamina", "lamina-dev", "floor"}
 )
 
 // fioJob is one run of fio.
@@ -72,34 +72,56 @@ func sizeName(n int64) string {
 	return fmt.Sprintf("%d KiB", n/kib)
 }
 
-// fioJobs are the runs of a mode for one direction.
-func fioJobs(m Mode, rws ...string) []fioJob {
-	blocks := Pick(m, []int64{4 * kib}, []int64{4 * kib, mib}, []int64{4 * kib, 16 * kib, 64 * kib, 256 * kib, mib})
-	if m == Full && rws[0] == "write" {
-		blocks = []int64{4 * kib, 64 * kib, mib} // each of them costs a copy-up a contender
+// fioReads and fioWrites are the runs of a mode.
+func fioReads(m Mode) []fioJob {
+	jobs := []fioJob{
+		{rw: "read", block: 4 * kib, jobs: 1},
+		{rw: "read", block: mib, jobs: 1},
+		{rw: "randread", block: 4 * kib, jobs: 1},
 	}
-	var jobs []fioJob
-	for _, rw := range rws {
-		for _, b := range blocks {
-			jobs = append(jobs, fioJob{rw: rw, block: b, jobs: 1})
-			if m != Quick {
-				jobs = append(jobs, fioJob{rw: rw, block: b, jobs: 1, direct: true})
-			}
-		}
-		if m != Quick {
-			jobs = append(jobs, fioJob{rw: rw, block: 4 * kib, jobs: 4})
-		}
-		if m == Full {
-			jobs = append(jobs, fioJob{rw: rw, block: 4 * kib, jobs: 4, direct: true}, fioJob{rw: rw, block: mib, jobs: 4})
-		}
+	if m == Quick {
+		return jobs
+	}
+	jobs = append(jobs,
+		fioJob{rw: "read", block: mib, jobs: 1, direct: true},
+		fioJob{rw: "randread", block: 4 * kib, jobs: 1, direct: true},
+		fioJob{rw: "randread", block: 4 * kib, jobs: 4})
+	if m == Full {
+		jobs = append(jobs,
+			fioJob{rw: "read", block: 64 * kib, jobs: 1},
+			fioJob{rw: "read", block: 4 * kib, jobs: 1, direct: true},
+			fioJob{rw: "randread", block: mib, jobs: 1},
+			fioJob{rw: "randread", block: mib, jobs: 1, direct: true},
+			fioJob{rw: "randread", block: 4 * kib, jobs: 4, direct: true})
+	}
+	return jobs
+}
+
+// Each of them costs a copy-up a contender.
+func fioWrites(m Mode) []fioJob {
+	jobs := []fioJob{
+		{rw: "write", block: 4 * kib, jobs: 1},
+		{rw: "randwrite", block: 4 * kib, jobs: 1},
+	}
+	if m == Quick {
+		return jobs
+	}
+	jobs = append(jobs,
+		fioJob{rw: "write", block: mib, jobs: 1},
+		fioJob{rw: "write", block: kib, jobs: 1, skip: 3 * kib})
+	if m == Full {
+		jobs = append(jobs,
+			fioJob{rw: "write", block: mib, jobs: 1, direct: true},
+			fioJob{rw: "randwrite", block: 4 * kib, jobs: 1, direct: true},
+			fioJob{rw: "randwrite", block: 64 * kib, jobs: 1},
+			fioJob{rw: "randwrite", block: 4 * kib, jobs: 4})
 	}
 	return jobs
 }
 
 func runFio(l *Lab) error {
 	layer := l.fileLayer(fioSize(l.Mode()))
-	reads := fioJobs(l.Mode(), "read", "randread")
-	writes := append(fioJobs(l.Mode(), "write", "randwrite"), fioJob{rw: "write", block: kib, jobs: 1, skip: 3 * kib})
+	reads, writes := fioReads(l.Mode()), fioWrites(l.Mode())
 	if err := directIO(l.scratch); err != nil {
 		l.fail("", fmt.Errorf("direct I/O is left out: %w", err))
 		isDirect := func(j fioJob) bool { return j.direct }
@@ -107,7 +129,9 @@ func runFio(l *Lab) error {
 	}
 	read := l.Metric(report.Metric{Name: "reading", Unit: report.BytesPerSec})
 	write := l.Metric(report.Metric{Name: "writing, copy-up and sync included", Unit: report.Seconds, LessIsBetter: true, Log: true})
-	err := l.Turns(l.among(fioReaders), names(reads), func(c *Contender, i int) error { return fioRead(l, c, layer, reads[i], read) })
+	err := l.within(0.5, func() error {
+		return l.Turns(l.among(fioReaders), names(reads), func(c *Contender, i int) error { return fioRead(l, c, layer, reads[i], read) })
+	})
 	if err == nil {
 		err = l.Turns(l.among(fioWriters), names(writes), func(c *Contender, i int) error { return fioWrite(l, c, layer, writes[i], write) })
 	}
@@ -150,7 +174,7 @@ func fioFigures(l *Lab, read, write *Metric, reads []fioJob) {
 			}
 		}
 		if worst != "" {
-			read.Figure(report.AtLeast(name+": x the plain file's speed, at worst ("+worst+")", least, 0.95))
+			read.RatioAtLeast(name+": x the plain file's speed, at worst ("+worst+")", Of{name, worst}, Of{plain.Name, worst}, 0.95)
 		}
 	}
 	for _, rw := range []string{"write", "randwrite"} {
@@ -193,7 +217,7 @@ func fioWrite(l *Lab, c *Contender, layer *Layer, j fioJob, m *Metric) error {
 }
 
 // fioTime is how long reads go on, in milliseconds.
-func fioTime(m Mode) int { return Pick(m, 400, 1000, 1500) }
+func fioTime(m Mode) int { return Pick(m, 300, 500, 700) }
 
 // fio runs a job. The value of a reading one is its rate in bytes a second, of a writing one its time in seconds.
 func (u *Union) fio(j fioJob) (Sample, error) {

@@ -20,16 +20,17 @@ var firstWrite = Scenario{
 		"same without writing: many programs open files for writing and never write. Names, attributes and the lower files' " +
 		"bytes are in memory, to the advantage of whoever copies them, and some other files have been written before: the " +
 		"server is in use.",
-	Contenders: []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-xfs", "fuse-overlayfs", "btrfs-snapshot", "lamina", "lamina-dev", "lamina-bcow"},
-	Quick:      []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-xfs", "btrfs-snapshot", "lamina", "lamina-dev"},
+	Contenders: []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-xfs", "fuse-overlayfs", "btrfs-snapshot", "lamina", "lamina-dev", "lamina-bcow", "floor"},
+	More:       []string{"floor-dev"},
+	Quick:      []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-xfs", "btrfs-snapshot", "lamina", "floor"},
 	Space: func(m Mode) int64 {
 		var layer int64
 		for _, s := range firstSizes(m) {
 			layer += s.size * int64(s.files)
 		}
-		return layer*5 + 2*gib // the layer on three filesystems, a plain copy, a full copy-up; filesystems' own needs
+		return layer*4 + gib/2 // the layer, a plain copy, a full copy-up, some room
 	},
-	Weight: 15,
+	Weight: 60,
 	Run:    runFirstWrite,
 }
 
@@ -41,7 +42,7 @@ type firstSize struct {
 
 func firstSizes(m Mode) []firstSize {
 	sizes := []firstSize{{"1 KiB", kib, 40}, {"4 MiB", 4 * mib, 12}, {"64 MiB", 64 * mib, 3}}
-	if m != Quick {
+	if m == Full {
 		sizes = append(sizes, firstSize{"1 GiB", gib, 1})
 	}
 	return sizes

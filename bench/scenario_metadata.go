@@ -15,17 +15,18 @@ import (
 var metadata = Scenario{
 	Name:  "metadata",
 	Title: "Everyday programs on a tree of small files",
-	Describes: "The Go distribution's own tree (15 000 files; a part of it in a quick run) lies in a lower layer, as files, as a git " +
+	Describes: "The Go distribution's own tree (15 000 files in a full run, a part of it else) lies in a lower layer, as files, as a git " +
 		"repository and as an archive. Fresh mount: find -ls; again, with du and git status, when everything has been seen; git " +
 		"checkout of a branch that differs in every fifth file; chown -R. Another fresh mount: untar, cp -a of the lower tree, rm -rf of the " +
 		"lower tree, rm -rf of what was unpacked. What earlier steps wrote is on the disk before each begins, and lower " +
 		"files are in memory. An ext4 without a journal looks at recently removed inodes again for every new file: measure on one with a journal " +
 		"(--filesystem ext4).",
-	Contenders: []string{"plain", "overlayfs", "overlayfs-volatile", "overlayfs-metacopy", "fuse-overlayfs", "btrfs-snapshot", "lamina", "lamina-dev"},
-	Quick:      []string{"plain", "overlayfs", "overlayfs-metacopy", "fuse-overlayfs", "lamina"},
+	Contenders: []string{"plain", "overlayfs", "overlayfs-metacopy", "fuse-overlayfs", "lamina", "floor"},
+	More:       []string{"lamina-dev"},
+	Quick:      []string{"plain", "overlayfs", "fuse-overlayfs", "lamina", "floor"},
 	Tools:      []Tool{{"go", "golang-go"}, {"git", "git"}, {"tar", "tar"}, {"find", "findutils"}, {"du", "coreutils"}},
 	Space:      func(m Mode) int64 { return Pick[int64](m, 1*gib, 4*gib, 4*gib) },
-	Weight:     24,
+	Weight:     330,
 	Run:        runMetadata,
 }
 
@@ -40,7 +41,8 @@ const (
 // treeParts are directories of the Go distribution. Its programs and tools are left out: they are large, and few.
 func treeParts(m Mode) []string {
 	all := []string{"src", "test", "lib", "misc", "doc", "api"}
-	return Pick(m, []string{"src/go", "src/net", "src/encoding", "src/internal"}, all, all)
+	some := []string{"src/go", "src/net", "src/encoding"}
+	return Pick(m, some, append(some, "src/internal", "src/crypto", "src/runtime"), all)
 }
 
 // Operations, as cases of the report.

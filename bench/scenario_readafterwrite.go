@@ -15,7 +15,7 @@ var readAfterWrite = Scenario{
 	Contenders: []string{"plain", "overlayfs", "overlayfs-xfs", "btrfs-snapshot", "lamina", "lamina-lazy", "lamina-dev"},
 	Quick:      []string{"plain", "overlayfs", "lamina", "lamina-lazy"},
 	Space:      func(m Mode) int64 { return hugeSpace(hugeSize(m)) },
-	Weight:     10,
+	Weight:     80,
 	Run:        runReadAfterWrite,
 }
 

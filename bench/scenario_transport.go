@@ -24,7 +24,7 @@ var transportTable = Scenario{
 	Space: func(m Mode) int64 {
 		return 2*(streamSize(m)+sketchSize) + (transportDirs*transportFiles)*8*kib + 256*mib
 	},
-	Weight: 12,
+	Weight: 40,
 	Run:    runTransport,
 }
 
@@ -36,7 +36,7 @@ const (
 )
 
 // streamSize is that of the file that is read and written from end to end.
-func streamSize(m Mode) int64 { return Pick[int64](m, 64*mib, 128*mib, 512*mib) }
+func streamSize(m Mode) int64 { return Pick[int64](m, 64*mib, 128*mib, 256*mib) }
 
 // transportOp is one row of the table. do does it n times; it leaves behind what later rows build on.
 type transportOp struct {

@@ -41,7 +41,7 @@ type Union struct {
 	lab    *Lab
 	ground *ground
 	base   string // upper, work and mount point are below it
-	layer  string // the lower
+	layer  string // the lower; of a floor the files that it shows
 	mount  *rival.Mount
 	floor  *exec.Cmd
 	gone   chan struct{} // the floor has exited
@@ -148,6 +148,11 @@ func (l *Lab) prepare(c *Contender, s Setup) (*Union, error) {
 		u.base = u.Dir
 		return u, err
 	}
+	if c.kind == floorFS && !s.ReadOnly {
+		if u.layer, err = s.Layer.copied(c, s.Fresh); err != nil {
+			return nil, err
+		}
+	}
 	if u.base, err = l.place(c.ground, c.Name); err != nil {
 		return nil, err
 	}
@@ -197,29 +202,23 @@ func (u *Union) Up() error {
 				return err
 			}
 		}
-	case floorFS:
+	case floorFS, nullFS:
 		err = u.upFloor()
 	}
 	u.up = err == nil
 	return err
 }
 
-// upFloor starts the floor with the layer's topmost files.
+// upFloor starts the floor.
 func (u *Union) upFloor() error {
 	args := []string{"bench", "floor"}
 	for _, o := range u.Contender.Options {
 		args = append(args, "-o", o)
 	}
-	entries, err := os.ReadDir(u.layer)
-	if err != nil {
-		return err
+	if u.Contender.kind == nullFS {
+		args = append(args, "--null")
 	}
-	for _, e := range entries {
-		if st, err := e.Info(); err == nil && st.Mode().IsRegular() {
-			args = append(args, "--file", fmt.Sprintf("%s=%d", e.Name(), st.Size()))
-		}
-	}
-	cmd := exec.Command(u.lab.cfg.Lamina, append(args, u.Dir)...)
+	cmd := exec.Command(u.lab.cfg.Lamina, append(args, u.layer, u.Dir)...)
 	// In a process group of its own a Ctrl-C reaches us alone, and we unmount in order.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: 0}
 	var stderr strings.Builder
@@ -291,6 +290,11 @@ func (u *Union) remove(s Setup) error {
 	}
 	if mounted, err := rival.Mounted(u.Dir); err != nil || mounted {
 		return err // discard has said so
+	}
+	if u.Contender.kind == floorFS && s.Fresh && !s.ReadOnly {
+		if err := os.RemoveAll(u.layer); err != nil {
+			return err
+		}
 	}
 	return os.RemoveAll(u.base)
 }

@@ -87,8 +87,10 @@ func (m *Metric) check(known map[string]bool) error {
 		answered[q] = true
 	}
 	for _, f := range m.Figures {
-		if math.IsNaN(f.Value) || math.IsInf(f.Value, 0) {
-			return fmt.Errorf("the figure %q has the value %v", f.Says, f.Value)
+		for _, v := range []float64{f.Value, f.Target, f.Floor} {
+			if math.IsNaN(v) || math.IsInf(v, 0) {
+				return fmt.Errorf("the figure %q has the value %v", f.Says, v)
+			}
 		}
 	}
 	return nil

@@ -62,7 +62,7 @@ const (
 	Lamina Kind = "lamina"
 	// Rival is anything else that a user could pick.
 	Rival Kind = "rival"
-	// Floor is not a product: a server that does nothing but answer, the least that the transport costs.
+	// Floor is not a product: a server of the same transport without a union, which shows what the rest costs.
 	Floor Kind = "floor"
 )
 
@@ -171,7 +171,13 @@ type Figure struct {
 	Target  float64 `json:"target"`
 	AtLeast bool    `json:"at_least,omitempty"` // it must reach the target; otherwise it must not exceed it
 	OK      bool    `json:"ok"`
-	Note    string  `json:"note,omitempty"` // what limits it, in a sentence
+	Floor   float64 `json:"floor,omitempty"` // what the floor reaches: the same server without a union; 0: it did not take part
+	Note    string  `json:"note,omitempty"`  // what limits it, in a sentence
+}
+
+// Beyond tells that no server over this transport reaches the target: the floor misses it too.
+func (f Figure) Beyond() bool {
+	return f.Floor != 0 && !f.OK && (f.AtLeast && f.Floor < f.Target || !f.AtLeast && f.Floor > f.Target)
 }
 
 // AtLeast is a figure that must reach its target.

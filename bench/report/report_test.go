@@ -3,6 +3,7 @@ package report
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"math"
 	"os"
@@ -391,6 +392,69 @@ func TestTable(t *testing.T) {
 	}
 	if !strings.Contains(out.String(), "\x1b[32m") || !strings.Contains(out.String(), "\x1b[31m") {
 		t.Error("no colours")
+	}
+}
+
+// A document gets every number, and the same tables for the same run.
+func TestMarkdown(t *testing.T) {
+	r := sample()
+	var out bytes.Buffer
+	if err := r.Markdown(&out); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "run.md", out.Bytes())
+	for _, s := range r.Scenarios {
+		_, part, found := strings.Cut(out.String(), "<!-- bench: "+s.Name+" -->")
+		part, _, ended := strings.Cut(part, "<!-- end -->")
+		if !found || !ended {
+			t.Errorf("%s has no part of its own", s.Name)
+		}
+		for _, m := range s.Metrics {
+			for _, c := range m.Cells {
+				if text := "| " + quantity(c.Median, m.Unit) + " |"; !m.Aside && !strings.Contains(part, text) {
+					t.Errorf("%s: %s %s is missing", s.Name, c.Contender, text)
+				}
+			}
+		}
+	}
+}
+
+// What errors and versions say ends no row, no part and no table.
+func TestMarkdownOfHostileNames(t *testing.T) {
+	const evil = "a|b\n\n<!-- end --><b>"
+	clean, r := sample(), sample()
+	r.Scenarios[0].Metrics[0].Name, r.Scenarios[0].Metrics[0].Figures[0].Says = evil, evil
+	r.Machine.Kernel, r.Absent[0].Why, r.Failed[0].Why = evil, evil, evil
+	var want, got bytes.Buffer
+	if err := errors.Join(clean.Markdown(&want), r.Markdown(&got)); err != nil {
+		t.Fatal(err)
+	}
+	for _, mark := range []string{"\n", "<!--", "-->"} {
+		if w, g := strings.Count(want.String(), mark), strings.Count(strings.ReplaceAll(got.String(), "&lt;!-- end -->", ""), mark); w != g {
+			t.Errorf("%d times %q, want %d:\n%s", g, mark, w, got.String())
+		}
+	}
+	if strings.Contains(got.String(), "<b>") {
+		t.Error("markup of others")
+	}
+}
+
+// What the floor misses too is told apart from what could be better.
+func TestBeyond(t *testing.T) {
+	for _, c := range []struct {
+		f    Figure
+		want bool
+	}{
+		{Figure{Value: 2, Target: 1}, false},
+		{Figure{Value: 2, Target: 1, Floor: 0.9}, false},
+		{Figure{Value: 2, Target: 1, Floor: 1.5}, true},
+		{Figure{Value: 0.5, Target: 1, AtLeast: true, Floor: 0.9}, true},
+		{Figure{Value: 0.5, Target: 1, AtLeast: true, Floor: 1.1}, false},
+		{Figure{Value: 1, Target: 1, Floor: 1.5, OK: true}, false},
+	} {
+		if got := c.f.Beyond(); got != c.want {
+			t.Errorf("%+v: %v", c.f, got)
+		}
 	}
 }
 

@@ -166,7 +166,7 @@ func (m *Metric) hasCPU() bool {
 }
 
 func (t *terminal) figure(where string, f Figure) string {
-	s := fmt.Sprintf("%s%s %s (target: %s)", where, digits(f.Value), f.Says, f.Bound())
+	s := fmt.Sprintf("%s%s %s (target: %s%s)", where, digits(f.Value), f.Says, f.Bound(), f.floor())
 	if f.Note != "" {
 		s += "; " + f.Note
 	}
@@ -176,6 +176,17 @@ func (t *terminal) figure(where string, f Figure) string {
 		lines[i] = strings.TrimRight(line, " ")
 	}
 	return t.met(f.OK) + "  " + strings.Join(lines, "\n"+indent)
+}
+
+// floor says what a server without a union reaches.
+func (f Figure) floor() string {
+	switch {
+	case f.Floor == 0:
+		return ""
+	case f.Beyond():
+		return "; the floor reaches " + digits(f.Floor) + " and misses it too"
+	}
+	return "; the floor reaches " + digits(f.Floor)
 }
 
 func (t *terminal) met(ok bool) string {

@@ -258,7 +258,7 @@ func (m *Mount) Server() (int, error) {
 
 // Down unmounts and returns when the server has flushed and exited.
 func (m *Mount) Down() error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	switch m.System {
 	case Lamina:
@@ -274,7 +274,7 @@ func (m *Mount) Down() error {
 			case <-m.exited:
 				m.server = nil
 			case <-ctx.Done():
-				return fmt.Errorf("server %d of %s did not exit within a minute of umount", pid, m.Dir)
+				return fmt.Errorf("server %d of %s did not exit within three minutes of umount", pid, m.Dir)
 			}
 		} else if running(pid) {
 			return fmt.Errorf("lamina umount %s returned while its server %d still runs", m.Dir, pid)
@@ -304,7 +304,7 @@ func (m *Mount) Kill() error {
 	var hung error
 	select {
 	case <-m.exited:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		hung = fmt.Errorf("server %d does not die of SIGKILL: it waits for its own mount %s", pid, m.Dir)
 	}
 	// A forced unmount aborts the connection, and so ends every wait for it.

@@ -19,15 +19,19 @@ type benchFlags struct {
 	config      bench.Config
 	quick, full bool
 	asJSON      bool
+	markdown    bool
+	from        string
 	html        string
 	strict      bool
 	list        bool
+
+	measure func(context.Context, bench.Config) (*breport.Run, error) // nil: bench.Run
 }
 
 func benchCommand() *cobra.Command {
 	var f benchFlags
 	cmd := &cobra.Command{
-		Use:   "bench [--quick|--full] [--scenarios NAME[,NAME...]] [--contenders NAME[,NAME...]] [--dir DIR] [--filesystem TYPE] [--rounds N] [--json] [--html FILE] [--strict] [--list]",
+		Use:   "bench [--quick|--full] [--scenarios NAME[,NAME...]] [--contenders NAME[,NAME...]] [--dir DIR] [--filesystem TYPE] [--rounds N] [--json|--markdown] [--html FILE] [--from FILE] [--strict] [--list]",
 		Short: "measure this program beside its rivals",
 		Long: `Measures Lamina in the same run as everything that could be used instead of it, as far as it is installed: plain files,
 kernel overlayfs in several variants, fuse-overlayfs, a reflink filesystem, btrfs snapshots. Contenders take turns; what
@@ -38,10 +42,13 @@ cannot hold an upper layer, or is an ext4 without a journal, it measures on a fr
 measurements it empties the page cache of the whole machine. A contender that is missing or fails is named, and the rest
 goes on.
 
+What --json has printed can be shown again in any form with --from, and nothing is measured then.
+
 As a contender, lamina:OPTION+OPTION... is Lamina with any mount options, and overlayfs:OPTION+OPTION... kernel overlayfs.`,
 		Example: `  lamina bench --quick
   lamina bench --scenarios first-write --contenders plain,overlayfs,lamina,lamina:format=bcow+caw=lazy
-  lamina bench --full --filesystem ext4 --html bench.html`,
+  lamina bench --full --filesystem ext4 --json >bench.json
+  lamina bench --from bench.json --markdown --html bench.html`,
 		Args: optional(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if f.list {
@@ -51,19 +58,25 @@ As a contender, lamina:OPTION+OPTION... is Lamina with any mount options, and ov
 		},
 	}
 	flags := cmd.Flags()
-	flags.BoolVar(&f.quick, "quick", false, "small files, few repetitions")
-	flags.BoolVar(&f.full, "full", false, "files as large as in the papers; longer than the default, which takes about half an hour")
+	flags.BoolVar(&f.quick, "quick", false, "small files, few repetitions; meant for 3 minutes, where the default is for 10")
+	flags.BoolVar(&f.full, "full", false, "files as large as in the papers; meant for 36 minutes")
 	flags.StringSliceVar(&f.config.Scenarios, "scenarios", nil, "only these scenarios")
 	flags.StringSliceVar(&f.config.Contenders, "contenders", nil, "these contenders instead of each scenario's own choice")
 	flags.StringVar(&f.config.Dir, "dir", "", "measure below this directory instead of the one for temporary files")
 	flags.StringVar(&f.config.Filesystem, "filesystem", "", "measure on a fresh ext4, xfs or btrfs in an image file below DIR, or on what holds it (dir) (default: dir if a union can be measured there, otherwise ext4)")
 	flags.IntVar(&f.config.Rounds, "rounds", 0, "turns of each contender (default: as many as the time allows)")
 	flags.BoolVar(&f.asJSON, "json", false, "print JSON")
+	flags.BoolVar(&f.markdown, "markdown", false, "print the tables for a Markdown document, each scenario's between comments that name it")
+	flags.StringVar(&f.from, "from", "", "measure nothing, and show what this file has, which --json has printed")
 	flags.StringVar(&f.html, "html", "", "also write a page with charts to this file")
 	flags.BoolVar(&f.strict, "strict", false, "fail when a target is missed, or a scenario or a contender failed")
 	flags.BoolVar(&f.list, "list", false, "list the scenarios and contenders, and measure nothing")
 	cmd.MarkFlagsMutuallyExclusive("quick", "full")
-	cmd.AddCommand(floorCommand(), manyCommand())
+	cmd.MarkFlagsMutuallyExclusive("json", "markdown")
+	for _, name := range []string{"quick", "full", "scenarios", "contenders", "dir", "filesystem", "rounds", "list"} {
+		cmd.MarkFlagsMutuallyExclusive("from", name)
+	}
+	cmd.AddCommand(containersCommand(), floorCommand(), manyCommand())
 	return cmd
 }
 
@@ -91,6 +104,9 @@ func runBench(out, progress io.Writer, f *benchFlags) error {
 	if c.Rounds < 0 {
 		return fmt.Errorf("--rounds %d: use at least 1", c.Rounds)
 	}
+	if f.from != "" {
+		return showAgain(out, f)
+	}
 	page, err := createPage(f.html)
 	if err != nil {
 		return err
@@ -102,7 +118,11 @@ func runBench(out, progress io.Writer, f *benchFlags) error {
 	c.Progress = progress
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	run, err := bench.Run(ctx, c)
+	measure := f.measure
+	if measure == nil {
+		measure = bench.Run
+	}
+	run, err := measure(ctx, c)
 	switch {
 	case errors.Is(err, context.Canceled):
 		err = fmt.Errorf("bench: interrupted, and cleaned up: %w", err)
@@ -116,6 +136,25 @@ func runBench(out, progress io.Writer, f *benchFlags) error {
 		return err
 	}
 	return errors.Join(err, showBench(out, page, run, f))
+}
+
+// showAgain shows what an earlier run has printed as JSON.
+func showAgain(out io.Writer, f *benchFlags) error {
+	saved, err := os.Open(f.from)
+	if err != nil {
+		return fmt.Errorf("--from: %w", err)
+	}
+	defer saved.Close()
+	run, err := breport.ReadJSON(saved)
+	if err != nil {
+		return fmt.Errorf("--from: %s: %w", f.from, err)
+	}
+	page, err := createPage(f.html)
+	if err != nil {
+		return err
+	}
+	defer page.Close()
+	return showBench(out, page, run, f)
 }
 
 // createPage opens the file before an hour of measuring rather than after it. Nil: none is wanted.
@@ -145,9 +184,12 @@ func tableOptions(out io.Writer) (o breport.TableOptions) {
 
 func showBench(out io.Writer, page *os.File, run *breport.Run, f *benchFlags) error {
 	var err error
-	if f.asJSON {
+	switch {
+	case f.asJSON:
 		err = run.WriteJSON(out)
-	} else {
+	case f.markdown:
+		err = run.Markdown(out)
+	default:
 		err = run.Table(out, tableOptions(out))
 	}
 	if page != nil {

@@ -5,15 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	"lamina/bench/floor"
 	"lamina/fusefs"
+	"lamina/mountopt"
+	"lamina/pool"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 )
@@ -24,43 +27,42 @@ import (
 // ready tells whoever started such a server that it serves.
 const benchReady = "ready\n"
 
-// floorCommand serves the floor until it is unmounted.
+// floorCommand serves a directory as it is, or files that do nothing, until it is unmounted.
 func floorCommand() *cobra.Command {
-	var options, files []string
+	var options []string
+	var null bool
 	cmd := &cobra.Command{
-		Use:    "floor -o OPTION[,OPTION...] --file NAME=SIZE... MOUNTPOINT",
-		Short:  "serve files that do nothing",
+		Use:    "floor [-o OPTION[,OPTION...]] [--null] DIR MOUNTPOINT",
+		Short:  "serve a directory as it is, or with --null files of the same names and sizes that do nothing",
 		Hidden: true,
-		Args:   cobra.ExactArgs(1),
+		Args:   cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return withCode(exitFailure, serveFloor(cmd.OutOrStdout(), options, files, args[0]))
+			return withCode(exitFailure, serveFloor(cmd.OutOrStdout(), options, null, args[0], args[1]))
 		},
 	}
 	cmd.Flags().StringArrayVarP(&options, "options", "o", nil, "mount options")
-	cmd.Flags().StringArrayVar(&files, "file", nil, "a file and its size in bytes")
+	cmd.Flags().BoolVar(&null, "null", false, "serve the topmost files' names and sizes only")
 	return cmd
 }
 
-func serveFloor(out io.Writer, options, names []string, mnt string) error {
+func serveFloor(out io.Writer, options []string, null bool, dir, mnt string) error {
 	o, err := parseOptions(options)
 	if err != nil {
 		return err
 	}
-	var files []floor.File
-	for _, f := range names {
-		name, size, _ := strings.Cut(f, "=")
-		n, err := strconv.ParseInt(size, 10, 64)
-		if err != nil {
-			return fmt.Errorf("--file %s: %w", f, err)
-		}
-		files = append(files, floor.File{Name: name, Size: n})
-	}
-	raiseDescriptorLimit()
-	widenScheduler()
-	in := &instance{o: o, mnt: mnt, log: newStderrLog()}
-	opt := in.fuseOptions()
+	pool.Tune()
+	opt := pool.FuseOptions(o, newStderrLog().printf)
 	opt.ReadOnly = false // although it has no upper layer
-	s, err := fusefs.MountRaw(floor.New(files), mnt, opt)
+	var fs fuse.RawFileSystem
+	if null {
+		fs, err = nullFloor(dir)
+	} else {
+		fs, err = loopbackFloor(dir, opt.Passthrough)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	s, err := fusefs.MountRaw(fs, mnt, opt)
 	if err != nil {
 		return err
 	}
@@ -69,6 +71,28 @@ func serveFloor(out io.Writer, options, names []string, mnt string) error {
 	}
 	s.Wait()
 	return nil
+}
+
+func loopbackFloor(dir string, pass fusefs.Passthrough) (fuse.RawFileSystem, error) {
+	root, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	return floor.Loopback(root, map[fusefs.Passthrough]floor.Pass{fusefs.PassthroughOn: floor.PassAll, fusefs.PassthroughOff: floor.PassNone}[pass])
+}
+
+func nullFloor(dir string) (fuse.RawFileSystem, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	var files []floor.File
+	for _, e := range entries {
+		if st, err := e.Info(); err == nil && st.Mode().IsRegular() {
+			files = append(files, floor.File{Name: e.Name(), Size: st.Size()})
+		}
+	}
+	return floor.Null(files), nil
 }
 
 // manyCommand serves many unions of the same layers from one process.
@@ -92,25 +116,24 @@ func manyCommand() *cobra.Command {
 // serveMany mounts, prints how long each mount took in nanoseconds, and then that it is ready. When its standard input
 // ends, it unmounts.
 func serveMany(in io.Reader, out io.Writer, options []string, count int, dir string) (err error) {
-	unix.Umask(0)
-	raiseDescriptorLimit()
-	widenScheduler()
-	var all []*instance
+	pool.Tune()
+	var all []*pool.Mount
 	defer func() { err = errors.Join(err, endMany(all)) }()
 	w := bufio.NewWriter(out)
 	for i := range count {
 		base := filepath.Join(dir, strconv.Itoa(i))
-		o, err := parseOptions(append(options, "upperdir="+escape(base)+"/upper,workdir="+escape(base)+"/work"))
+		o, err := parseOptions(append(options, "upperdir="+mountopt.Escape(base)+"/upper,workdir="+mountopt.Escape(base)+"/work"))
 		if err == nil {
 			err = o.Complete()
 		}
 		if err != nil {
 			return err
 		}
-		m := &instance{o: o, mnt: filepath.Join(base, "tree"), log: newStderrLog(), started: time.Now(), note: printNote}
 		began := time.Now()
-		if err := m.start(); err != nil {
-			return errors.Join(fmt.Errorf("mount %d of %d: %w", i+1, count, err), m.abandon())
+		m, err := pool.Start(pool.Config{Options: o, Mountpoint: filepath.Join(base, "tree"), Logf: newStderrLog().printf, Version: Version(),
+			Shared: true, Note: printNote})
+		if err != nil {
+			return fmt.Errorf("mount %d of %d: %w", i+1, count, err)
 		}
 		all = append(all, m)
 		fmt.Fprintln(w, time.Since(began).Nanoseconds())
@@ -124,24 +147,18 @@ func serveMany(in io.Reader, out io.Writer, options []string, count int, dir str
 }
 
 // endMany unmounts and flushes, all at the same time.
-func endMany(all []*instance) error {
+func endMany(all []*pool.Mount) error {
 	errs := make([]error, len(all))
 	var wg sync.WaitGroup
 	for i, m := range all {
 		wg.Go(func() {
-			if err := m.server.Unmount(); err != nil {
-				errs[i] = fmt.Errorf("%s: %w", m.mnt, err)
+			if err := m.Unmount(); err != nil {
+				errs[i] = fmt.Errorf("%s: %w", m.Mountpoint, err)
 				return
 			}
-			m.server.Wait()
-			errs[i] = m.fs.Close()
-			m.control.close()
+			errs[i] = m.Wait()
 		})
 	}
 	wg.Wait()
 	return errors.Join(errs...)
-}
-
-func escape(path string) string {
-	return strings.NewReplacer(`\`, `\\`, `:`, `\:`, `,`, `\,`).Replace(path)
 }

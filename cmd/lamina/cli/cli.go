@@ -54,7 +54,9 @@ func Main(argv []string) int {
 	}
 	var err error
 	if strings.HasPrefix(name, "mount.") {
-		err = mountHelper(args)
+		if err = setLogging("", ""); err == nil {
+			err = mountHelper(args)
+		}
 	} else {
 		root := Command()
 		root.SetArgs(mountProgram(root, args))
@@ -97,13 +99,23 @@ file of an image costs one block instead of one file.
 
 Where a program expects fuse-overlayfs, lamina takes its place: "lamina -o OPTIONS MOUNTPOINT" mounts without naming
 the subcommand. Installed as /sbin/mount.fuse.lamina it makes "mount -t fuse.lamina" work.`,
-		SilenceUsage:      true,
-		SilenceErrors:     true,
-		Version:           Version(),
-		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Version:       Version(),
 	}
+	var level, format string
+	root.PersistentFlags().StringVar(&level, "log-level", "", "the least that logs say: debug, info (the default), warn or error; also in "+logLevelVariable)
+	root.PersistentFlags().StringVar(&format, "log-format", "", "how logs say it: text (the default) or json; also in "+logFormatVariable)
+	root.PersistentPreRunE = func(*cobra.Command, []string) error { return setLogging(level, format) }
 	root.SetVersionTemplate("lamina: version {{.Version}}\n")
-	root.AddCommand(mountCommand(), umountCommand(), statusCommand(), fsckCommand(), flattenCommand(), benchCommand())
+	root.AddCommand(
+		mountCommand(), umountCommand(),
+		statusCommand(), topCommand(), metricsCommand(), doctorCommand(),
+		fsckCommand(), flattenCommand(),
+		serveCommand(), snapshotterCommand(),
+		benchCommand(),
+		survivorCommand(),
+	)
 	for _, c := range root.Commands() {
 		c.DisableFlagsInUseLine = true // they are in it where they matter
 	}
@@ -130,22 +142,28 @@ func optional(most int) cobra.PositionalArgs {
 	}
 }
 
-// Version is that of the module's build, or its revision.
+// version is set by whoever builds a package (-ldflags -X).
+var version string
+
+// Version is that of the package, or of the module's build, or its revision.
 func Version() string {
+	if version != "" {
+		return version
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
 	}
-	version := info.Main.Version
-	if version == "" || version == "(devel)" {
-		version = "devel"
+	v := info.Main.Version
+	if v == "" || v == "(devel)" {
+		v = "devel"
 		for _, s := range info.Settings {
 			if s.Key == "vcs.revision" {
-				version += "-" + s.Value[:min(12, len(s.Value))]
+				v += "-" + s.Value[:min(12, len(s.Value))]
 			}
 		}
 	}
-	return version
+	return v
 }
 
 // mountProgram turns the invocations of programs that expect a mount program, such as Podman's
@@ -154,7 +172,8 @@ func mountProgram(root *cobra.Command, args []string) []string {
 	if len(args) == 0 {
 		return args
 	}
-	known := slices.ContainsFunc(root.Commands(), func(c *cobra.Command) bool { return c.Name() == args[0] })
+	own := []string{"help", "completion", cobra.ShellCompRequestCmd, cobra.ShellCompNoDescRequestCmd} // made when they are needed
+	known := slices.Contains(own, args[0]) || slices.ContainsFunc(root.Commands(), func(c *cobra.Command) bool { return c.Name() == args[0] })
 	if known || !slices.ContainsFunc(args, isMountOptions) {
 		return args
 	}

@@ -1,15 +1,19 @@
 package cli
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
+	"context"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"lamina/pool"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,26 +29,86 @@ const (
 	maxTracked = 1000 // different messages in a window; more are not counted apart
 )
 
-// logger writes lines that say when, who and what.
+// logging is how this process logs.
+var logging logSettings
+
+type logSettings struct {
+	level slog.Level // the least that is written; the zero value is info
+	json  bool
+}
+
+// Variables that say how to log to the servers that this process starts, and to whom no flags can be given.
+const (
+	logLevelVariable  = "LAMINA_LOG_LEVEL"
+	logFormatVariable = "LAMINA_LOG_FORMAT"
+)
+
+// setLogging takes the settings from the flags, or without them from the environment, and hands them on there.
+func setLogging(level, format string) error {
+	level, format = orVariable(level, logLevelVariable, "info"), orVariable(format, logFormatVariable, "text")
+	var s logSettings
+	switch level {
+	case "debug", "info", "warn", "error":
+		if err := s.level.UnmarshalText([]byte(level)); err != nil {
+			return err
+		}
+	default:
+		return fmt.Errorf("log level %q: use debug, info, warn or error", level)
+	}
+	switch format {
+	case "text":
+	case "json":
+		s.json = true
+	default:
+		return fmt.Errorf("log format %q: use text or json", format)
+	}
+	logging = s
+	return errors.Join(os.Setenv(logLevelVariable, level), os.Setenv(logFormatVariable, format))
+}
+
+func orVariable(value, variable, usual string) string {
+	if value == "" {
+		value = os.Getenv(variable)
+	}
+	if value == "" {
+		value = usual
+	}
+	return value
+}
+
+func (s logSettings) handler(w io.Writer) slog.Handler {
+	opts := &slog.HandlerOptions{Level: slog.LevelDebug} // the logger has chosen
+	if s.json {
+		return slog.NewJSONHandler(w, opts)
+	}
+	return slog.NewTextHandler(w, opts)
+}
+
+// logger writes lines that say when, who and what, by log/slog.
 type logger struct {
+	handler slog.Handler // made with the first line
 	mu      sync.Mutex
 	out     *os.File
 	path    string // empty: standard error
 	size    int64
+	began   int64     // size when it was opened
 	since   time.Time // begin of the window
 	repeats map[string]int
-	all     bool // write everything: somebody asked for every request
+	notices int64 // bytes of the file that only say how the mount was made
+	all     bool  // write everything: somebody asked for every request
 }
 
 func newStderrLog() *logger { return &logger{out: os.Stderr} }
 
 // openLog opens the log file at path, makes it standard error as well, and starts a new one where it is full.
 func openLog(path string) (*logger, error) {
-	if err := makeRuntimeDir(); err != nil {
+	if err := pool.MakeRuntimeDir(); err != nil {
 		return nil, err
 	}
 	lg := &logger{path: path}
-	return lg, lg.open()
+	err := lg.open()
+	lg.began = lg.size
+	return lg, err
 }
 
 func (lg *logger) open() error {
@@ -67,8 +131,19 @@ func (lg *logger) open() error {
 	return nil
 }
 
-func (lg *logger) printf(format string, args ...any) {
-	msg := strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", `\n`)
+// printf writes what an operator must know: something went wrong, or is not as it was to be.
+func (lg *logger) printf(format string, args ...any) { lg.log(slog.LevelWarn, format, args...) }
+
+// infof writes what somebody asked for and happened.
+func (lg *logger) infof(format string, args ...any) { lg.log(slog.LevelInfo, format, args...) }
+
+func (lg *logger) log(level slog.Level, format string, args ...any) {
+	if lg.all {
+		level = slog.LevelDebug // every request, and what else is said
+	} else if level < logging.level {
+		return
+	}
+	msg := fmt.Sprintf(format, args...)
 	lg.mu.Lock()
 	defer lg.mu.Unlock()
 	now := time.Now()
@@ -76,7 +151,7 @@ func (lg *logger) printf(format string, args ...any) {
 		lg.endWindow(now)
 	}
 	if lg.all || !lg.suppressed(msg) {
-		lg.write(now, msg)
+		lg.write(now, level, msg)
 	}
 }
 
@@ -99,18 +174,30 @@ func (lg *logger) endWindow(now time.Time) {
 	}
 	slices.Sort(held)
 	for _, msg := range held {
-		lg.write(now, msg)
+		lg.write(now, slog.LevelWarn, msg)
 	}
 	lg.since, lg.repeats = now, make(map[string]int)
 }
 
-func (lg *logger) write(now time.Time, msg string) {
+func (lg *logger) write(now time.Time, level slog.Level, msg string) {
 	if lg.path != "" && lg.size > maxLog {
 		lg.rotate()
 	}
-	line := fmt.Sprintf("%s lamina[%d]: %s\n", now.UTC().Format("2006-01-02T15:04:05.000Z"), os.Getpid(), msg)
-	n, _ := lg.out.WriteString(line) // nowhere is left to say that the log is full
-	lg.size += int64(n)
+	if lg.handler == nil {
+		lg.handler = logging.handler((*logFile)(lg))
+	}
+	r := slog.NewRecord(now.UTC(), level, msg, 0)
+	r.AddAttrs(slog.Int("pid", os.Getpid()))
+	_ = lg.handler.Handle(context.Background(), r) // nowhere is left to say that the log is full
+}
+
+// logFile is the file that a logger has open now. Its owner holds the lock.
+type logFile logger
+
+func (f *logFile) Write(line []byte) (int, error) {
+	n, err := f.out.Write(line)
+	f.size += int64(n)
+	return n, err
 }
 
 func (lg *logger) rotate() {
@@ -123,7 +210,15 @@ func (lg *logger) rotate() {
 	lg.size = 0 // stay with the file and try again later
 }
 
-// close ends the log. One without a line is of no use to anybody, unless another server of the same mount point may
+// made says that the mount has been made: what was written until now, lamina status tells too as long as it is there.
+// Engines mount every container on a directory of its own, and each would leave a log.
+func (lg *logger) made() {
+	lg.mu.Lock()
+	defer lg.mu.Unlock()
+	lg.notices += lg.size - lg.began
+}
+
+// close ends the log. One that says nothing that went wrong is of no use to anybody, unless another server of the same mount point may
 // still write into it.
 func (lg *logger) close(mnt string) {
 	lg.mu.Lock()
@@ -132,8 +227,8 @@ func (lg *logger) close(mnt string) {
 	if lg.path == "" {
 		return
 	}
-	others, err := sockets(mnt)
-	if st, statErr := lg.out.Stat(); err == nil && len(others) == 0 && statErr == nil && st.Size() == 0 {
+	others, err := pool.Sockets(mnt)
+	if st, statErr := lg.out.Stat(); err == nil && len(others) == 0 && statErr == nil && st.Size() == lg.notices {
 		_ = os.Remove(lg.path)
 	}
 	lg.out.Close()
@@ -147,13 +242,7 @@ func logPath(mnt string) string {
 	}
 	const enough = 150
 	if len(name) > enough {
-		name = name[len(name)-enough:] + "-" + mountHash(mnt)
+		name = name[len(name)-enough:] + "-" + pool.MountHash(mnt)
 	}
-	return filepath.Join(runtimeDir(), name+".log")
-}
-
-// mountHash names a mount point in few bytes: a unix socket's path has at most 107.
-func mountHash(mnt string) string {
-	sum := sha256.Sum256([]byte(mnt))
-	return hex.EncodeToString(sum[:8])
+	return filepath.Join(pool.RuntimeDir(), name+".log")
 }

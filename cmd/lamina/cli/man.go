@@ -37,6 +37,8 @@ With Podman, mount_program in storage.conf(5) names lamina.`},
 	"umount":  {{"EXIT STATUS", `0: unmounted and flushed. 32: failed.`}},
 	"fsck":    {{"EXIT STATUS", `0: clean. 1: something was found, repaired or not. 2: the layer could not be checked.`}},
 	"bench":   {{"EXIT STATUS", `0: measured. 32: failed, or with --strict a target was missed.`}},
+	"doctor":  {{"EXIT STATUS", `0: nothing to say, or notes. 1: something costs. 2: something is broken, or could not be checked.`}},
+	"metrics": {{"EXIT STATUS", `0: ended by a signal, or printed. 32: failed, or with --listen - some server did not answer.`}},
 	"flatten": {{"EXIT STATUS", `0: no sketch is left. 2: failed; what was completed stays complete.`}},
 }
 
@@ -46,11 +48,16 @@ type section struct{ title, text string }
 func ManPages() map[string]string {
 	root := Command()
 	pages := map[string]string{"lamina.1": manPage(root, 1, "")}
-	for _, c := range root.Commands() {
-		if !c.Hidden && c.Name() != "help" && c.Name() != "completion" {
-			pages["lamina-"+c.Name()+".8"] = manPage(c, 8, "lamina-")
+	var add func(of *cobra.Command, prefix string)
+	add = func(of *cobra.Command, prefix string) {
+		for _, c := range of.Commands() {
+			if !c.Hidden && c.Name() != "help" && c.Name() != "completion" {
+				pages[prefix+c.Name()+".8"] = manPage(c, 8, prefix)
+				add(c, prefix+c.Name()+"-")
+			}
 		}
 	}
+	add(root, "lamina-")
 	return pages
 }
 
@@ -62,7 +69,7 @@ func manPage(c *cobra.Command, sec int, prefix string) string {
 	fmt.Fprintf(&b, ".SH NAME\n%s \\- %s\n", roff(name), roff(c.Short))
 	writeSynopsis(&b, c, name)
 	writeSection(&b, "DESCRIPTION", c.Long)
-	writeSubcommands(&b, c)
+	writeSubcommands(&b, c, name)
 	writeFlags(&b, c)
 	if c.Name() == "mount" {
 		writeMountOptions(&b)
@@ -84,7 +91,7 @@ func writeSynopsis(b *strings.Builder, c *cobra.Command, name string) {
 		return
 	}
 	_, args, _ := strings.Cut(c.Use, " ")
-	fmt.Fprintf(b, ".B %s\n%s\n", roff("lamina "+c.Name()), roff(args))
+	fmt.Fprintf(b, ".B %s\n%s\n", roff(c.CommandPath()), roff(args))
 }
 
 func writeSection(b *strings.Builder, title, text string) {
@@ -97,25 +104,27 @@ func writeSection(b *strings.Builder, title, text string) {
 	}
 }
 
-func writeSubcommands(b *strings.Builder, c *cobra.Command) {
+func writeSubcommands(b *strings.Builder, c *cobra.Command, name string) {
 	if !c.HasAvailableSubCommands() {
 		return
 	}
 	b.WriteString(".SH COMMANDS\n")
 	for _, sub := range c.Commands() {
 		if !sub.Hidden && sub.Name() != "help" && sub.Name() != "completion" {
-			fmt.Fprintf(b, ".TP\n.B %s\n%s. See %s(8).\n", roff(sub.Use), roff(upperFirst(sub.Short)), roff("lamina-"+sub.Name()))
+			fmt.Fprintf(b, ".TP\n.B %s\n%s. See %s(8).\n", roff(sub.Use), roff(upperFirst(sub.Short)), roff(name+"-"+sub.Name()))
 		}
 	}
 }
 
 func writeFlags(b *strings.Builder, c *cobra.Command) {
-	if !c.HasParent() {
-		return
+	flags, title := c.Flags(), "OPTIONS"
+	if c.HasParent() {
+		c.InitDefaultHelpFlag()
+	} else {
+		flags, title = c.PersistentFlags(), "OPTIONS OF EVERY COMMAND"
 	}
-	c.InitDefaultHelpFlag()
-	b.WriteString(".SH OPTIONS\n")
-	c.Flags().VisitAll(func(f *pflag.Flag) {
+	b.WriteString(".SH " + title + "\n")
+	flags.VisitAll(func(f *pflag.Flag) {
 		if f.Hidden {
 			return
 		}
@@ -160,19 +169,13 @@ func writeMountOptions(b *strings.Builder) {
 	}
 }
 
+// writeSeeAlso refers from a command to lamina(1), which refers to all of them.
 func writeSeeAlso(b *strings.Builder, c *cobra.Command) {
-	b.WriteString(".SH SEE ALSO\n")
-	var refs []string
+	refs := "mount(8), fuse(4)"
 	if c.HasParent() {
-		refs = append(refs, "lamina(1)")
+		refs = "lamina(1), " + refs
 	}
-	for _, other := range c.Root().Commands() {
-		if other.Name() != c.Name() && other.Name() != "help" && other.Name() != "completion" && !other.Hidden {
-			refs = append(refs, "lamina-"+other.Name()+"(8)")
-		}
-	}
-	refs = append(refs, "mount(8)", "fuse(4)")
-	fmt.Fprintln(b, roff(strings.Join(refs, ", ")))
+	b.WriteString(".SH SEE ALSO\n" + roff(refs) + "\n")
 }
 
 // roff escapes text for the body of a page.

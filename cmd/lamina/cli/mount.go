@@ -8,12 +8,11 @@ import (
 	"math"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 
 	"lamina/mountopt"
+	"lamina/pool"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -57,7 +56,8 @@ is ready, and a server of its own stays in the background until the mount is gon
 line on standard error says why, and the exit status is not 0.
 
 The server writes what an operator must know to a log file (see FILES). SIGTERM and SIGINT unmount: while somebody still
-uses the mount it is detached from the tree and served until the last user is gone; a second signal cuts them off.
+uses the mount it is detached from the tree and served until the last user is gone; a second signal cuts them off. When the
+mount is gone, what was written is flushed; it takes two signals to end that.
 
 NAME is the source shown in /proc/mounts.`,
 		Example: `  lamina mount -o lowerdir=/layers/app:/layers/base,upperdir=/c1/upper,workdir=/c1/work /c1/merged
@@ -125,21 +125,27 @@ func mount(f *mountFlags, args []string) error {
 	if f.debug || o.Debug {
 		o.Debug, f.foreground = true, f.foreground || f.readyFD < 0
 	}
-	if mnt, err = checkMountPoint(mnt); err != nil {
+	if mnt, err = pool.CheckMountPoint(mnt); err != nil {
 		return withCode(exitFailure, err)
 	}
 	if f.readyFD < 0 && !f.foreground && !f.fake {
 		return withCode(exitFailure, mountInBackground(f, args, mnt)) // the server checks the directories
 	}
-	if f.readyFD >= 0 {
-		return serveInBackground(o, mnt, f.readyFD)
+	if f.readyFD >= 0 && o.Survive {
+		return superviseInBackground(o, mnt, f.readyFD)
 	}
-	if err := checkDirs(o); err != nil || f.fake {
+	if f.readyFD >= 0 {
+		return serveInBackground(o, mnt, f.readyFD, nil)
+	}
+	if err := pool.CheckDirs(o); err != nil || f.fake {
 		return withCode(exitFailure, err)
 	}
 	lg := newStderrLog()
 	defer lg.close(mnt)
-	return withCode(exitFailure, serve(o, mnt, lg, printNote, func() error { return nil }))
+	if o.Survive {
+		return withCode(exitFailure, superviseMount(o, mnt, lg, true, nil))
+	}
+	return withCode(exitFailure, serve(o, mnt, lg, printNote, nil, func() error { return nil }))
 }
 
 func printNote(msg string) { fmt.Fprintln(os.Stderr, "lamina: "+msg) }
@@ -149,7 +155,7 @@ func mountInBackground(f *mountFlags, args []string, mnt string) error {
 		return err
 	}
 	if f.verbose {
-		fmt.Printf("lamina: %s mounted; log %s, control sockets in %s\n", mnt, logPath(mnt), runtimeDir())
+		fmt.Printf("lamina: %s mounted; log %s, control sockets in %s\n", mnt, logPath(mnt), pool.RuntimeDir())
 	}
 	return nil
 }
@@ -171,7 +177,7 @@ const (
 
 // startServer runs this program again, in a session of its own, and waits until it serves or says why not.
 func startServer(f *mountFlags, args []string, mnt string) error {
-	if err := makeRuntimeDir(); err != nil {
+	if err := pool.MakeRuntimeDir(); err != nil {
 		return err
 	}
 	r, w, err := os.Pipe()
@@ -233,8 +239,21 @@ func awaitServer(pipe io.Reader) (string, error) {
 	}
 }
 
+// superviseInBackground is serveInBackground for a mount that survives its server.
+func superviseInBackground(o *mountopt.Options, mnt string, readyFD int) error {
+	unix.CloseOnExec(readyFD)
+	parent := os.NewFile(uintptr(readyFD), "ready pipe")
+	lg, err := detach(mnt)
+	if err != nil {
+		_, werr := io.WriteString(parent, readyError+oneLine(err)+"\n")
+		return silently(err, werr)
+	}
+	defer lg.close(mnt)
+	return silently(superviseMount(o, mnt, lg, false, parent))
+}
+
 // serveInBackground is the server's side of startServer.
-func serveInBackground(o *mountopt.Options, mnt string, readyFD int) error {
+func serveInBackground(o *mountopt.Options, mnt string, readyFD int, s *pool.Survival) error {
 	unix.CloseOnExec(readyFD)
 	parent := os.NewFile(uintptr(readyFD), "ready pipe")
 	tell := func(msg string) error {
@@ -249,8 +268,8 @@ func serveInBackground(o *mountopt.Options, mnt string, readyFD int) error {
 	}
 	defer lg.close(mnt)
 	told := false
-	if err = checkDirs(o); err == nil {
-		err = serve(o, mnt, lg, note, func() error {
+	if err = pool.CheckDirs(o); err == nil {
+		err = serve(o, mnt, lg, note, s, func() error {
 			told = true
 			return tell(readyOK)
 		})
@@ -287,38 +306,4 @@ func detach(mnt string) (*logger, error) {
 		}
 	}
 	return lg, os.Chdir("/")
-}
-
-// runtimeDirVariable overrides runtimeDir.
-const runtimeDirVariable = "LAMINA_RUNTIME_DIR"
-
-// runtimeDir holds control sockets and logs: /run/lamina for root, below XDG_RUNTIME_DIR for others and for the root of
-// a user namespace, who may not write to /run.
-func runtimeDir() string {
-	if dir := os.Getenv(runtimeDirVariable); dir != "" {
-		return dir
-	}
-	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" && (os.Geteuid() != 0 || unix.Access("/run", unix.W_OK) != nil) {
-		return filepath.Join(dir, "lamina")
-	}
-	if os.Geteuid() == 0 && unix.Access("/run", unix.W_OK) == nil {
-		return "/run/lamina"
-	}
-	return filepath.Join(os.TempDir(), "lamina-"+strconv.Itoa(os.Geteuid()))
-}
-
-// makeRuntimeDir creates it, for its owner alone. One that somebody else prepared is refused.
-func makeRuntimeDir() error {
-	dir := runtimeDir()
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		return fmt.Errorf("runtime directory: %w", err)
-	}
-	var st unix.Stat_t
-	if err := unix.Lstat(dir, &st); err != nil {
-		return fmt.Errorf("runtime directory %s: %w", dir, err)
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Geteuid() || st.Mode&0o077 != 0 {
-		return fmt.Errorf("runtime directory %s: not a directory of mode 0700 that belongs to uid %d: remove it", dir, os.Geteuid())
-	}
-	return nil
 }

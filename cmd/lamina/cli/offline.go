@@ -11,6 +11,7 @@ import (
 	"lamina/block"
 	"lamina/layer"
 	"lamina/mountopt"
+	"lamina/pool"
 	"lamina/union"
 
 	"github.com/spf13/cobra"
@@ -64,7 +65,7 @@ The layer must not be mounted. Interrupted, it leaves a layer that is partly fla
 // offlineLayers opens the layers for work on an upper layer that is not mounted. lock says how to claim it; busy is the
 // error where somebody else has it, with the layers open all the same.
 func offlineLayers(upper string, options []string, lock int) (cfg union.Config, closeAll func(), busy error, err error) {
-	o, err := parseOptions(append(options[:len(options):len(options)], "upperdir="+escapeOption(upper)))
+	o, err := parseOptions(append(options[:len(options):len(options)], "upperdir="+mountopt.Escape(upper)))
 	if err != nil {
 		return cfg, nil, nil, err
 	}
@@ -75,7 +76,7 @@ func offlineLayers(upper string, options []string, lock int) (cfg union.Config, 
 		}
 	}
 	logf := func(format string, args ...any) { fmt.Fprintf(os.Stderr, "lamina: "+format+"\n", args...) }
-	cfg = unionConfig(o, logf)
+	cfg = pool.UnionConfig(o, logf)
 	cfg.Engine = block.NewEngine(block.Options{Logf: logf})
 	var dirs []*layer.Dir
 	closeAll = func() {
@@ -85,7 +86,7 @@ func offlineLayers(upper string, options []string, lock int) (cfg union.Config, 
 		}
 	}
 	open := func(option, path string, opt layer.Options) (*layer.Dir, error) {
-		if _, err := statDir(option, path); err != nil {
+		if _, err := pool.StatDir(option, path); err != nil {
 			return nil, err
 		}
 		opt.NS = cfg.NS
@@ -96,17 +97,19 @@ func offlineLayers(upper string, options []string, lock int) (cfg union.Config, 
 		return d, err
 	}
 	for _, path := range o.Lower {
-		d, err := open("lowerdir", path, layer.Options{ReadOnly: true, OverrideStat: layer.OverrideAuto})
+		d, err := open("lowerdir", path, layer.Options{ReadOnly: true, OverrideStat: layer.OverrideAuto, WhiteoutFiles: pool.WhiteoutFiles(o, path)})
 		if err != nil {
 			return cfg, closeAll, nil, err
 		}
 		cfg.Lowers = append(cfg.Lowers, d)
 	}
-	own := layer.Options{OverrideStat: overrides[o.Perms]}
+	own := layer.Options{OverrideStat: pool.Overrides[o.Perms]}
 	if o.Perms == mountopt.PermsInode {
 		own.OverrideStat = layer.OverrideAuto
 	}
-	if cfg.Upper, err = open("upper layer", o.Upper, own); err != nil {
+	upperOwn := own
+	upperOwn.WhiteoutFiles = pool.WhiteoutFiles(o, o.Upper)
+	if cfg.Upper, err = open("upper layer", o.Upper, upperOwn); err != nil {
 		return cfg, closeAll, nil, err
 	}
 	if o.Work != "" {
@@ -114,27 +117,15 @@ func offlineLayers(upper string, options []string, lock int) (cfg union.Config, 
 			return cfg, closeAll, nil, err
 		}
 	}
-	err = claim(cfg.Upper.RootFD(), "upper layer "+upper, lock, printNote)
+	err = pool.Claim(cfg.Upper.RootFD(), "upper layer "+upper, lock, printNote)
 	if err == nil && cfg.Work != nil {
-		err = claim(cfg.Work.RootFD(), "workdir "+o.Work, lock, printNote)
+		err = pool.Claim(cfg.Work.RootFD(), "workdir "+o.Work, lock, printNote)
 	}
-	var b *busyError
+	var b *pool.BusyError
 	if errors.As(err, &b) {
 		busy, err = err, nil
 	}
 	return cfg, closeAll, busy, err
-}
-
-// escapeOption protects a path from the option parser.
-func escapeOption(path string) string {
-	var out []byte
-	for i := range len(path) {
-		if path[i] == ',' || path[i] == '\\' || path[i] == ':' {
-			out = append(out, '\\')
-		}
-		out = append(out, path[i])
-	}
-	return string(out)
 }
 
 func fsck(w io.Writer, upper string, options []string, repair, asJSON bool) error {

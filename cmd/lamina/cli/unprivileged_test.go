@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 
+	"lamina/pool"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -31,7 +33,7 @@ func (l *layers) script(attr *syscall.SysProcAttr, exe, text string) string {
 	l.t.Helper()
 	cmd := exec.Command("/bin/sh", "-e", "-c", text)
 	cmd.Dir, cmd.SysProcAttr = l.dir, attr
-	cmd.Env = append(os.Environ(), "L="+exe, runtimeDirVariable+"="+l.path("run"))
+	cmd.Env = append(os.Environ(), "L="+exe, pool.RuntimeDirVariable+"="+l.path("run"))
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil {
@@ -56,6 +58,28 @@ $L umount mnt
 $L fsck -o lowerdir=l1:l2 upper
 `
 
+// userFlags: mount(8)'s flags count for a user too, and those that fusermount3 does not know are refused by name.
+const userFlags = `
+$L mount -o lowerdir=l1,noexec,noatime,sync mnt
+trap '$L umount -l mnt || true' EXIT
+grep " $PWD/mnt " /proc/self/mountinfo >flags
+for flag in nosuid nodev noexec noatime sync; do grep -Eq "[ ,]$flag[ ,]" flags || { echo "no $flag:"; cat flags; false; }; done
+trap - EXIT
+$L umount mnt
+! $L mount -o lowerdir=l1,lazytime mnt 2>refused
+grep -q lazytime refused
+`
+
+// asUser runs the script in a mount namespace whose /dev/fuse is for everybody, as udev makes it: a machine without udev has
+// it for root alone.
+const asUser = `
+mount --make-rprivate /
+mknod fuse c 10 229
+chmod 666 fuse
+mount --bind fuse /dev/fuse
+exec setpriv --reuid %[1]d --regid %[1]d --clear-groups sh -e script
+`
+
 // A user without privileges mounts through fusermount3 and keeps overlay's attributes in user.overlay.*.
 func TestUnprivileged(t *testing.T) {
 	const nobody = 65534
@@ -67,7 +91,8 @@ func TestUnprivileged(t *testing.T) {
 		must(t, err)
 		return os.Lchown(path, nobody, nobody)
 	}))
-	out := l.script(&syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}, exe, writeAndRead)
+	must(t, os.WriteFile(l.path("script"), []byte(writeAndRead+userFlags), 0o644))
+	out := l.script(&syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}, exe, fmt.Sprintf(asUser, nobody))
 	if !strings.Contains(out, "user.overlay") {
 		t.Errorf("%s", out)
 	}

@@ -1,0 +1,49 @@
+package cli
+
+import (
+	"fmt"
+
+	"lamina/bench"
+
+	"github.com/spf13/cobra"
+)
+
+func containersCommand() *cobra.Command {
+	f := benchFlags{measure: bench.RunContainers}
+	cmd := &cobra.Command{
+		Use:   "containers [--quick|--full] [--scenarios NAME[,NAME...]] [--contenders NAME[,NAME...]] [--dir DIR] [--filesystem TYPE] [--rounds N] [--json] [--html FILE] [--strict] [--list]",
+		Short: "measure containers on this program beside containerd's overlayfs snapshotter",
+		Long: `Starts a containerd of its own, with its own root, state and socket, and measures in turns what a user of containers waits
+for: with containerd's overlayfs snapshotter, and with Lamina's. Images are made on the spot. What is printed are medians
+with their spread, ratios, and the project's targets.
+
+It needs root, and containerd and runc in PATH. A containerd that runs already is left alone. Everything happens in a
+directory of its own below DIR; a container, mount or process that is left behind is removed and reported as a failure.`,
+		Example: `  lamina bench containers --quick
+  lamina bench containers --scenarios container-small,container-many --html containers.html`,
+		Args: optional(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if f.list {
+				for _, s := range bench.ContainerScenarios() {
+					fmt.Fprintf(cmd.OutOrStdout(), "%-18s %s\n", s.Name, s.Title)
+				}
+				return nil
+			}
+			return withCode(exitFailure, runBench(cmd.OutOrStdout(), cmd.ErrOrStderr(), &f))
+		},
+	}
+	flags := cmd.Flags()
+	flags.BoolVar(&f.quick, "quick", false, "small files, few repetitions")
+	flags.BoolVar(&f.full, "full", false, "more repetitions than the default")
+	flags.StringSliceVar(&f.config.Scenarios, "scenarios", nil, "only these scenarios")
+	flags.StringSliceVar(&f.config.Contenders, "contenders", nil, "only this snapshotter: overlayfs or lamina")
+	flags.StringVar(&f.config.Dir, "dir", "", "measure below this directory instead of the one for temporary files")
+	flags.StringVar(&f.config.Filesystem, "filesystem", "", "measure on a fresh ext4, xfs or btrfs in an image file below DIR, or on what holds it (dir) (default: dir if a union can be measured there, otherwise ext4)")
+	flags.IntVar(&f.config.Rounds, "rounds", 0, "turns of each snapshotter (default: 3; 2 in a quick run, 5 in a full one)")
+	flags.BoolVar(&f.asJSON, "json", false, "print JSON")
+	flags.StringVar(&f.html, "html", "", "also write a page with charts to this file")
+	flags.BoolVar(&f.strict, "strict", false, "fail when a target is missed, or a scenario or a contender failed")
+	flags.BoolVar(&f.list, "list", false, "list the scenarios, and measure nothing")
+	cmd.MarkFlagsMutuallyExclusive("quick", "full")
+	return cmd
+}
