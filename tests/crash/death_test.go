@@ -26,7 +26,7 @@ var deathsFlag = flag.Int("crash.deaths", 1, "how often a mount dies of each cau
 
 const (
 	clients = 32
-	soon    = 30 * time.Second // a client that hangs is told from one that the machine is slow to run
+	soon    = time.Minute // a client that hangs is told from one that the machine is slow to run
 )
 
 const clientEnv = "LAMINA_CRASH_CLIENT"
@@ -52,7 +52,8 @@ func (c *client) says() string {
 	return c.said.String()
 }
 
-// crowd starts clients on a mount and returns when all are at work. Those that still live when the test ends are killed.
+// crowd starts clients on a mount and returns when all are at work and something is synced. Those that still live when the
+// test ends are killed.
 func crowd(t *testing.T, dir string) []*client {
 	t.Helper()
 	all := make([]*client, clients)
@@ -70,6 +71,9 @@ func crowd(t *testing.T, dir string) []*client {
 	for _, c := range all {
 		eventually(t, fmt.Sprintf("client %d works", c.id), func() bool { return strings.Contains(c.says(), "working") })
 	}
+	eventually(t, "something is synced", func() bool {
+		return slices.ContainsFunc(all, func(c *client) bool { return synced(c.says()) > 0 })
+	})
 	return all
 }
 

@@ -27,6 +27,9 @@ var subject = flag.String("fs", string(rival.Lamina), "filesystem under test: la
 // transport is how requests reach Lamina, in every mount that does not say otherwise itself.
 var transport = flag.String("transport", "auto", "transport under test: auto, dev or uring; a mount that gets another one fails")
 
+// deaths makes every server of every mount die again and again while the test runs. No test may notice.
+var deaths = flag.Duration("deaths", 0, "kill the server of every mount this often on average, with survive=on; 0: never")
+
 // Subject is the filesystem under test.
 func Subject() rival.System { return rival.System(*subject) }
 
@@ -40,6 +43,7 @@ type T struct {
 	// SkipFsck: the test has damaged the layer itself and looks at fsck's findings on its own.
 	SkipFsck bool
 	cleaned  bool
+	killer   *Killer
 }
 
 // Dirs makes the named directories below a new temporary directory and returns their paths.
@@ -106,6 +110,7 @@ func Try(t testing.TB, c rival.Config) (*T, error) {
 	t.Cleanup(m.cleanup)
 	if err == nil {
 		m.wantTransport()
+		m.kill()
 	}
 	return m, err
 }
@@ -121,6 +126,9 @@ func Transports() []string {
 // withTransport asks for the transport under test, unless the test has a transport of its own.
 func withTransport(c rival.Config) []string {
 	own := slices.ContainsFunc(c.Options, func(o string) bool { return strings.HasPrefix(o, "transport=") })
+	if c.System == rival.Lamina && *deaths > 0 && !c.Foreground {
+		return append(slices.DeleteFunc(slices.Clone(c.Options), func(o string) bool { return strings.HasPrefix(o, "transport=") }), "survive=on")
+	}
 	if c.System != rival.Lamina || own || *transport == "auto" {
 		return c.Options
 	}
@@ -182,6 +190,7 @@ func (m *T) cleanup() {
 		return
 	}
 	m.cleaned = true
+	m.killer.Stop()
 	mounted, err := rival.Mounted(m.Dir)
 	if err != nil {
 		m.t.Error(err)
@@ -204,6 +213,7 @@ func (m *T) cleanup() {
 // Unmount unmounts before the test ends.
 func (m *T) Unmount() {
 	m.t.Helper()
+	m.killer.Stop()
 	if err := m.Down(); err != nil {
 		m.t.Logf("who holds it: %s", holders(m.Dir))
 		m.t.Fatal(err)
@@ -230,6 +240,7 @@ func (m *T) Again() {
 	}
 	*m.Mount = *again
 	m.wantTransport()
+	m.kill()
 }
 
 // Path joins names below the mount point.
@@ -352,10 +363,10 @@ func Main(m *testing.M) {
 	os.Exit(code)
 }
 
-// settle waits a little for what the tests started to end.
+// settle waits for what the tests started to end: on a busy machine that takes a while.
 func settle(fds map[string]string, goroutines int) error {
 	var err error
-	for range 50 {
+	for range 1500 {
 		err = nil
 		for fd, target := range descriptors() {
 			// The runtime's own poller appears with the first use of a pipe.

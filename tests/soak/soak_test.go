@@ -86,7 +86,7 @@ func (p *process) end() error {
 	select {
 	case err := <-done:
 		return err
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		_ = p.cmd.Process.Kill()
 		return fmt.Errorf("worker %d does not end: %s", p.id, where(p.cmd.Process.Pid))
 	}

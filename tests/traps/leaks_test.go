@@ -42,7 +42,8 @@ func TestServerLeaksNothing(t *testing.T) {
 			if n := descriptorsOf(t, pid); n > fds+10 {
 				return fmt.Errorf("the server held %d descriptors and now holds %d", fds, n)
 			}
-			if n := goroutinesOf(t, m); n > goroutines+4 {
+			// The transport reads with more goroutines once there was more to do at a time, up to 16, and keeps them.
+			if n := goroutinesOf(t, m); n > goroutines+20 {
 				return fmt.Errorf("the server had %d goroutines and now has %d", goroutines, n)
 			}
 			return nil
