@@ -8,16 +8,21 @@ PREFIX      ?= /usr/local
 # Packages whose tests run under the race detector: the ones that share memory between goroutines on a hot path.
 RACE = ./block/... ./union/...
 
-.PHONY: build test demo bench lint fuzz install uninstall clean
+.PHONY: build test power demo bench lint fuzz package install uninstall clean
 .DEFAULT_GOAL := build
 
 build:
 	@scripts/ensure.sh build
-	$(GO) build -trimpath -o bin/lamina ./cmd/lamina
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/lamina ./cmd/lamina
 
 test: build
 	@scripts/ensure.sh test
 	@GO="$(GO)" RACE="$(RACE)" scripts/test.sh
+
+# Power cuts of real filesystems, at random, many more than a test run has time for.
+power: build
+	@scripts/ensure.sh test
+	@scripts/own.sh power $(GO) test -count=1 -timeout 60m -v ./tests/power -power.cuts 60
 
 demo: build
 	@scripts/ensure.sh demo
@@ -37,6 +42,11 @@ lint:
 fuzz:
 	@scripts/ensure.sh build
 	@GO="$(GO)" FUZZTIME="$(FUZZTIME)" scripts/fuzz.sh
+
+# A Debian package and a tarball, in out/.
+package:
+	@scripts/ensure.sh build
+	@GO="$(GO)" scripts/package.sh out
 
 # The helper is what `mount -t fuse.lamina` looks for first; without it mount(8) would ask fuse3's mount.fuse.
 install: build

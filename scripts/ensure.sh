@@ -6,10 +6,12 @@ set -eu
 # command:package pairs.
 build=""
 test="fio:fio setfattr:attr setfacl:acl mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs fusermount3:fuse3 \
-setcap:libcap2-bin sqlite3:sqlite3 losetup:mount tar:tar gcc:gcc unshare:util-linux setpriv:util-linux git:git \
-mariadbd:mariadb-server-core mariadb:mariadb-client-core sysbench:sysbench"
+setcap:libcap2-bin sqlite3:sqlite3 losetup:mount tar:tar gcc:gcc unshare:util-linux setpriv:util-linux git:git tmux:tmux systemd-analyze:systemd \
+mariadbd:mariadb-server-core mariadb:mariadb-client-core sysbench:sysbench \
+containerd:containerd runc:runc busybox:busybox-static podman:podman buildah:buildah newuidmap:uidmap nsenter:util-linux stress-ng:stress-ng"
 bench="mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs losetup:mount findmnt:util-linux fuse-overlayfs:fuse-overlayfs \
-fio:fio sqlite3:sqlite3 git:git tar:tar mariadbd:mariadb-server-core mariadb:mariadb-client-core sysbench:sysbench"
+fio:fio sqlite3:sqlite3 git:git tar:tar mariadbd:mariadb-server-core mariadb:mariadb-client-core sysbench:sysbench \
+containerd:containerd runc:runc busybox:busybox-static nginx:nginx-light"
 demo="sqlite3:sqlite3 mkfs.ext4:e2fsprogs losetup:mount"
 
 case "${1:-}" in
@@ -30,6 +32,8 @@ missing=""
 for pair in $want; do
 	command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
 done
+# The race detector needs C's headers, which gcc only recommends.
+[ "$1" != test ] || [ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
 if [ -n "$missing" ]; then
 	if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
 		echo "ensure: missing:$missing. Install these packages, or run make as root on Debian and it will." >&2
@@ -37,9 +41,15 @@ if [ -n "$missing" ]; then
 	fi
 	echo "ensure: installing$missing"
 	export DEBIAN_FRONTEND=noninteractive
-	apt-get update -qq
+	apt="apt-get -o DPkg::Lock::Timeout=600 -o Acquire::Retries=5"
+	$apt update -qq
 	# shellcheck disable=SC2086 # a list of packages
-	apt-get install -y -qq --no-install-recommends $missing >/dev/null
+	$apt install -y -qq --no-install-recommends $missing >/dev/null
+fi
+
+# Modules that a part of the tests needs at their end are fetched at their begin.
+if [ "$1" = test ]; then
+	(cd "$(dirname "$0")/../tests/graphdriver" && go list -deps -test -tags exclude_graphdriver_btrfs . >/dev/null)
 fi
 
 case "$1" in test | bench | demo)

@@ -5,7 +5,9 @@
 set -eu
 name=$1
 shift
-run=$(mktemp -d "${TMPDIR:-/tmp}/lamina-$name.XXXXXX")
+base=${TMPDIR:-/tmp}
+[ "$name" != test ] || [ ${#base} -le 12 ] || base=/tmp # sockets of containerd and directories of Podman need short names
+run=$(mktemp -d "$base/lamina-$name.XXXXXX")
 chmod 1777 "$run" # as any TMPDIR: tests also act as other users
 export TMPDIR="$run"
 
@@ -18,14 +20,22 @@ procs() {
 		{ tr '\0' '\n' <"$p/environ"; } 2>/dev/null | grep -qxF "TMPDIR=$run" || continue
 		# A zombie and our own pipeline's children hold nothing.
 		exe=$(readlink "$p/exe" 2>/dev/null) || continue
-		case "$exe" in */lamina | */fuse-overlayfs | *.test | */fio) echo "${p#/proc/}" ;; esac
+		case "$exe" in */lamina | */fuse-overlayfs | *.test | */fio | */containerd | */containerd-shim-runc-v2 | */conmon | */podman | \
+			*/buildah | */busybox) echo "${p#/proc/}" ;; esac
 	done
 }
 
 leaks=0
+tries=10 # what has been told to end may need another moment
 sweep() {
 	trap - EXIT INT TERM
-	found_m=$(mounts) found_p=$(procs) found_l=$(loops)
+	while :; do
+		found_m=$(mounts) found_p=$(procs) found_l=$(loops)
+		[ -n "$found_m$found_p$found_l" ] || break
+		tries=$((tries - 1))
+		[ "$tries" -gt 0 ] || break
+		sleep 1
+	done
 	if [ -n "$found_m$found_p$found_l" ]; then
 		leaks=1
 		for m in $found_m; do
@@ -44,8 +54,8 @@ sweep() {
 	chmod -R u+rwx "$run" 2>/dev/null || true
 	rm -rf --one-file-system "$run" || leaks=1
 }
-trap 'sweep; exit 130' INT
-trap 'sweep; exit 143' TERM
+trap 'tries=1; sweep; exit 130' INT
+trap 'tries=1; sweep; exit 143' TERM
 trap 'sweep' EXIT
 
 status=0
