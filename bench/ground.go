@@ -7,11 +7,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"lamina/bench/rival"
+	"lamina/hostfs"
 )
 
 // groundName names a filesystem that contenders stand on.
@@ -113,7 +115,8 @@ func mountImage(ctx context.Context, dir, fstype string, cache caching, size int
 	if err := allocate(ctx, image, size); err != nil {
 		return "", err
 	}
-	if _, err := rival.Run(ctx, kind.mkfs[0], append(kind.mkfs[1:], image)...); err != nil {
+	mkfs := hostfs.Mkfs(append(slices.Clone(kind.mkfs), image)...)
+	if _, err := rival.Run(ctx, mkfs[0], mkfs[1:]...); err != nil {
 		return "", err
 	}
 	loop, err := attach(ctx, image, cache)

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"lamina/hostfs"
 	"lamina/tests/probe"
 )
 
@@ -58,7 +59,8 @@ func scratch(t *testing.T, name string, mkfs []string) string {
 		t.Fatal(err)
 	}
 	if mkfs != nil {
-		if out, err := exec.Command(mkfs[0], append(mkfs[1:], img)...).CombinedOutput(); err != nil {
+		cmd := hostfs.Mkfs(append(mkfs, img)...)
+		if out, err := exec.Command(cmd[0], cmd[1:]...).CombinedOutput(); err != nil {
 			t.Fatalf("%s: %v: %s (make test installs it)", mkfs[0], err, out)
 		}
 		args = []string{"-t", name, "-o", "loop", img, at}

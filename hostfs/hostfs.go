@@ -1,5 +1,5 @@
 // Package hostfs tells what the filesystem that holds a layer promises beyond what every filesystem does. It asks the
-// kernel about the mounted filesystem, and what it cannot find out is not promised.
+// kernel about the mounted filesystem, and what it cannot find out is not promised. It also knows how to make one.
 package hostfs
 
 import (

@@ -3,6 +3,7 @@ package union
 import (
 	"bytes"
 	"fmt"
+	"lamina/hostfs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -36,7 +37,8 @@ func onFilesystem(t *testing.T, name string, mkfs []string) {
 		image := filepath.Join(dir, "image")
 		must(t, os.WriteFile(image, nil, 0o600))
 		must(t, os.Truncate(image, 320<<20)) // the least that mkfs.xfs takes is 300 MiB
-		run(t, exec.Command(mkfs[0], append(mkfs[1:], image)...))
+		mkfs = hostfs.Mkfs(append(mkfs, image)...)
+		run(t, exec.Command(mkfs[0], mkfs[1:]...))
 		cmd = exec.Command("mount", "-o", "loop", "-t", name, image, mnt)
 	}
 	run(t, cmd)

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"lamina/bench/rival"
+	"lamina/hostfs"
 )
 
 // subject is the filesystem under test. Another one than Lamina tells whether a tester finds what it should.
@@ -332,7 +333,8 @@ func Loop(t testing.TB, mib int64, mkfs []string, mountOptions string) string {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), Timeout)
 	defer cancel()
-	if _, err := rival.Run(ctx, mkfs[0], append(mkfs[1:], img)...); err != nil {
+	cmd := hostfs.Mkfs(append(mkfs, img)...)
+	if _, err := rival.Run(ctx, cmd[0], cmd[1:]...); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := rival.Run(ctx, "mount", "-o", strings.TrimSuffix("loop,"+mountOptions, ","), img, d[1]); err != nil {

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"lamina/bench/rival"
+	"lamina/hostfs"
 	"lamina/tests/history"
 	"lamina/tests/layers"
 	"lamina/tests/mnt"
@@ -67,7 +68,8 @@ func TestPowerCut(t *testing.T) {
 			if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, c.mib<<20)); err != nil {
 				t.Fatal(err)
 			}
-			run(t, c.mkfs[0], append(c.mkfs[1:], image)...)
+			mkfs := hostfs.Mkfs(append(c.mkfs, image)...)
+			run(t, mkfs[0], mkfs[1:]...)
 			if err := d.load(image); err != nil {
 				t.Fatal(err)
 			}
