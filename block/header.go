@@ -66,10 +66,12 @@ type Header struct {
 	Addendum string
 }
 
-// LogicalSize is the size that stat of the sketch shows, given the upper file's st_size.
+// LogicalSize is the size that stat of the sketch shows, given the upper file's st_size. The lower file is visible up to
+// the limit whatever became of st_size: btrfs may bring name and attributes of a new file to the disk with the sync of
+// another file, but not yet its size (fs/btrfs/tree-log.c, LOG_INODE_EXISTS).
 func (h *Header) LogicalSize(stSize int64) int64 {
 	if h.Size == naturalSize {
-		return stSize
+		return max(stSize, h.Limit)
 	}
 	return h.Size
 }

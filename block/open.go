@@ -73,7 +73,7 @@ func (f *File) openSketch() (left *memory, err error) {
 	if err := f.initSketch(h, st.Size); err != nil || f.readOnly {
 		return left, err
 	}
-	if err := f.recover(); err != nil || left == nil {
+	if err := f.recover(st.Size); err != nil || left == nil {
 		return left, err
 	}
 	if f.plain.Load() { // the process before was about to forget it
@@ -83,9 +83,12 @@ func (f *File) openSketch() (left *memory, err error) {
 	return left, f.resume(left)
 }
 
-// recover finishes what a crash interrupted between the steps of a completion or of a truncation without a table.
-func (f *File) recover() error {
+// recover finishes what a crash interrupted between the steps of a completion or of a truncation without a table, and gives
+// the upper file, stSize bytes long, the length that the sketch has.
+func (f *File) recover(stSize int64) error {
 	switch {
+	case f.hdr.Size == naturalSize && !f.hdr.Complete && stSize < f.size.Load():
+		return f.quietly(func() error { return f.s.Truncate(f.size.Load()) })
 	case f.hdr.Complete:
 		return f.finish()
 	case f.format == Sparse && f.hdr.TablePages == 0 && f.hdr.Size != naturalSize:
