@@ -82,7 +82,7 @@ func (f *File) commitLocked(dataOnly bool) (synced bool, err error) {
 		if err := f.finish(); err != nil {
 			return false, errors.Join(copyErr, err)
 		}
-		return true, errors.Join(copyErr, f.syncStore(false))
+		return true, errors.Join(copyErr, f.makeOrdinary())
 	}
 	if named, err := f.nameNew(size); named || err != nil {
 		return named, errors.Join(copyErr, err)
@@ -164,10 +164,20 @@ func (f *File) syncWith(sync func() error) error {
 	if err != nil {
 		f.e.fail("syncing the upper file of inode %d: %v", f.ino(), err)
 		if f.Sketch() {
-			f.broken = err
+			f.breaks(err)
 		}
 	}
 	return err
+}
+
+// breaks notes that what the disk holds of the sketch is not known any more. A take-over does not forget it.
+func (f *File) breaks(err error) {
+	f.broken = err
+	if m := f.known(); m != nil {
+		errno := unix.EIO
+		_ = errors.As(err, &errno)
+		m.broken.Store(uint32(errno))
+	}
 }
 
 // stage tells the table in memory which blocks are Upper, and returns a logical size: everything it speaks of was
@@ -301,25 +311,31 @@ func (f *File) setOrigin() error {
 	return f.s.SetOrigin(f.hdr.Ident.Origin())
 }
 
-// becomePlain takes the last steps of a completion. Where the header cannot be removed, but says already that nothing of
-// the lower file counts, the file is provisional: the next commit tries again. The caller holds commitMu and shape, or is
-// alone.
+// becomePlain takes the last steps of a completion but for the sync, until which the file is provisional (see whole.go).
+// Where the header cannot be removed, but says already that nothing of the lower file counts, the next commit tries again.
+// The caller holds commitMu and shape, or is alone.
 func (f *File) becomePlain() error {
 	f.attrsSynced = false
 	if err := f.s.RemoveHeader(); err != nil {
 		if !f.hdr.Complete {
 			return err
 		}
-		f.provisional.Store(true)
 	} else {
+		f.headerless = true
 		f.e.complete.Add(1)
 	}
+	if m := f.known(); m != nil {
+		m.provisional.Store(1)
+	}
+	f.provisional.Store(true)
 	f.plain.Store(true)
-	f.forget()
 	f.closeLower()
 	f.mu.Lock()
 	f.e.inTransit.Add(-int64(len(f.transit)))
 	f.transit, f.dir, f.bcow.leaves = nil, directory{}, nil
+	if m := f.mem.Load(); m != nil {
+		f.beginLog(m) // of nothing
+	}
 	f.mu.Unlock()
 	return nil
 }

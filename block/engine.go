@@ -117,9 +117,11 @@ type Engine struct {
 
 	left map[uint64]state.Rec // what Options.Memory held when the engine was made, and nobody claimed; see memory.go
 
-	syncFS   func() error // syncs everything in the upper layer's filesystem; nil: there is no such thing
-	orders   bool         // see Orders
-	addendum int          // the longest that it writes, bytes
+	syncFS func() error // syncs everything in the upper layer's filesystem; nil: there is no such thing
+	// syncFailures counts the failures of syncFS.
+	syncFailures atomic.Int64
+	orders       bool // see Orders
+	addendum     int  // the longest that it writes, bytes
 
 	inTransit                               atomic.Int64
 	created, createdBytes, copied, complete atomic.Int64

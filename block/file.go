@@ -54,8 +54,10 @@ type File struct {
 	dir       directory
 	tab       *table
 	plain     atomic.Bool // complete: an ordinary file
-	// provisional: plain, but the header is still on disk and says what counts after a power cut, see whole.go
+	// provisional: plain, but the header may still be on disk and say what counts after a power cut, see whole.go
 	provisional atomic.Bool
+	headerless  bool  // provisional, and the header is removed; under commitMu
+	syncFailure int64 // Engine.syncFailures when the file was opened
 	nameless    atomic.Bool
 	committing  atomic.Bool  // by the settler, which left it to itself
 	size        atomic.Int64 // logical size, bytes; not used when plain

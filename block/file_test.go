@@ -182,10 +182,13 @@ func TestTruncateToNothing(t *testing.T) {
 		if err := r.f.Truncate(0); err != nil {
 			t.Fatal(err)
 		}
-		if r.f.Sketch() {
-			t.Error("an empty file is a sketch still")
+		if _, plain := r.f.Plain(); !plain || !r.f.Provisional() {
+			t.Errorf("ordinary: %v, until a power cut: %v", plain, r.f.Provisional())
 		}
 		r.write([]byte("anew"), 0)
+		if err := r.f.Sync(true); err != nil || r.f.Sketch() {
+			t.Errorf("an empty file is a sketch still after a sync: %v", err)
+		}
 		r.expect([]byte("anew"))
 	})
 }

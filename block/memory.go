@@ -51,6 +51,7 @@ type sketchRec struct {
 	size        atomic.Int64  // logical size, bytes; used where the upper file's own length is not that
 	cutTo       atomic.Int64  // 1 more than the size that a truncation has begun to make; 0: none
 	provisional atomic.Uint32 // see whole.go
+	broken      atomic.Uint32 // the error number of the sync that has failed; 0: none has
 	head        atomic.Uint64 // newest piece of the log; 0: it is empty
 }
 
@@ -142,7 +143,7 @@ func (f *File) newMemory() *memory {
 	return m
 }
 
-// known returns f's memory, made if need be; nil if the engine has none. The caller holds shape.
+// known returns f's memory, made if need be; nil if the engine has none.
 func (f *File) known() *memory {
 	if m := f.mem.Load(); m != nil || f.e.opts.Memory == nil {
 		return m
@@ -171,10 +172,13 @@ func (m *memory) grow(end int64) {
 
 // setSize is a size that is not to be seen from the upper file. The caller holds shape for writing, or is alone.
 func (f *File) setSize(size int64) {
+	f.memMu.Lock() // or known, if it is just making m, grows m to the size before
 	f.size.Store(size)
-	if m := f.known(); m != nil {
+	if m := f.mem.Load(); m != nil {
 		m.size.Store(size)
 	}
+	f.memMu.Unlock()
+	f.known()
 }
 
 // remember writes an entry. The caller holds mu and shape.
@@ -414,7 +418,7 @@ func (f *File) makeLower(b, end int64) {
 
 // memoryState are a File's fields that concern Options.Memory.
 type memoryState struct {
-	memMu     sync.Mutex // while mem is made
+	memMu     sync.Mutex // while mem is made, or the size is set
 	mem       atomic.Pointer[memory]
 	staged    []int64 // regions that the table in memory was told of, and perhaps not the one on disk; under mu
 	replaying bool    // under mu

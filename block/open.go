@@ -23,6 +23,10 @@ func (e *Engine) Open(s Store, lower func() (Lower, error)) (*File, error) {
 	return f, nil
 }
 
+func (e *Engine) newFile(s Store) *File {
+	return &File{e: e, s: s, syncFailure: e.syncFailures.Load()}
+}
+
 // register makes the engine know an open file.
 func (e *Engine) register(f *File) {
 	e.mu.Lock()
@@ -31,7 +35,8 @@ func (e *Engine) register(f *File) {
 }
 
 func (e *Engine) openFile(s Store, lower func() (Lower, error), readOnly bool) (*File, error) {
-	f := &File{e: e, s: s, open: lower, readOnly: readOnly}
+	f := e.newFile(s)
+	f.open, f.readOnly = lower, readOnly
 	left, err := f.openSketch()
 	if err != nil {
 		e.unclaim(left)
@@ -49,13 +54,22 @@ func (f *File) openSketch() (left *memory, err error) {
 	}
 	if b == nil {
 		f.plain.Store(true)
-		return nil, nil
+		if f.e.opts.Memory == nil || f.readOnly {
+			return nil, nil
+		}
 	}
-	h, err := ParseHeader(b)
+	st, err := s.Stat()
 	if err != nil {
 		return nil, err
 	}
-	st, err := s.Stat()
+	if b == nil {
+		if left = f.e.claim(st.Ino); left != nil { // the process before had removed the header, and perhaps not synced that
+			f.headerless = true
+			f.inherit(left)
+		}
+		return left, nil
+	}
+	h, err := ParseHeader(b)
 	if err != nil {
 		return nil, err
 	}
@@ -66,8 +80,7 @@ func (f *File) openSketch() (left *memory, err error) {
 	if left != nil && left.provisional.Load() != 0 {
 		f.hdr, f.format, f.ident = h, Sparse, h.Ident
 		f.plain.Store(true)
-		f.provisional.Store(true)
-		f.mem.Store(left)
+		f.inherit(left)
 		return left, nil
 	}
 	if err := f.initSketch(h, st.Size); err != nil || f.readOnly {
@@ -76,11 +89,25 @@ func (f *File) openSketch() (left *memory, err error) {
 	if err := f.recover(st.Size); err != nil || left == nil {
 		return left, err
 	}
-	if f.plain.Load() { // the process before was about to forget it
+	if f.plain.Load() { // it was about to be completed, and has a memory of its own now
 		left.free()
 		return nil, nil
 	}
+	if errno := left.broken.Load(); errno != 0 {
+		f.broken = unix.Errno(errno)
+	}
 	return left, f.resume(left)
+}
+
+// inherit makes f the provisional file that it was in the process before. Whether syncing the filesystem has failed there
+// is not known.
+func (f *File) inherit(m *memory) {
+	f.provisional.Store(true)
+	f.mem.Store(m)
+	f.syncFailure = -1
+	if errno := m.broken.Load(); errno != 0 {
+		f.broken = unix.Errno(errno)
+	}
 }
 
 // recover finishes what a crash interrupted between the steps of a completion or of a truncation without a table, and gives

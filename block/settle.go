@@ -308,11 +308,7 @@ func (e *Engine) settleRest() (first error) {
 		}
 		return nil
 	}
-	rest := e.settleWholes(files)
-	if len(rest) < len(files) && !e.opts.Volatile {
-		first = e.syncFS() // nobody comes later to whom it could be left
-	}
-	for _, f := range rest {
+	for _, f := range e.settleWholes(files) {
 		if err := f.lastCommit(); err != nil && first == nil {
 			first = err
 		}

@@ -315,6 +315,40 @@ func testWriteErrors(t *testing.T, format Format, op string) {
 	}
 }
 
+// TestSizeLost: a power cut may leave the name and the header of a new sketch, and no length.
+func TestSizeLost(t *testing.T) {
+	low := &memLower{data: testContent(64 << 10), mtime: 5}
+	made := newCrashStore(nil)
+	e := newEngine(t, Options{CaW: CaWLazy})
+	made.sketch(t, e, low).Abandon()
+	m := made.live.clone()
+	m.size = 0
+	s := newCrashStore(m)
+	b, err := s.Header()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h, err := ParseHeader(b); err != nil || h.LogicalSize(0) != 64<<10 {
+		t.Errorf("stat shows %d bytes, %v", h.LogicalSize(0), err)
+	}
+	f, err := e.Open(s, low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expectContent(t, f, low.data)
+	if _, err := f.WriteAt([]byte("new"), 100); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Sync(true), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if f, err = e.Open(newCrashStore(s.power()), low.open); err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	expectContent(t, f, append(append(bytes.Clone(low.data[:100]), "new"...), low.data[103:]...))
+}
+
 // TestCopyError: a lower file that cannot be read keeps the block InTransit; its reader gets the error, everything else
 // works, and a later attempt succeeds.
 func TestCopyError(t *testing.T) {

@@ -70,7 +70,8 @@ func (f *File) restoreHeader(old Header) error {
 	}
 	err := f.setHeader(old)
 	if err != nil {
-		f.hdr, f.broken = old, err
+		f.hdr = old
+		f.breaks(err)
 	}
 	return err
 }

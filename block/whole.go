@@ -12,11 +12,16 @@ import (
 // and from then on the file can pass through. The copy is not synced. Until a commit has done that, its header says on
 // disk what it says of a sketch that holds no block: a power cut leaves the lower file, as it was and as long as it was.
 // The commit that syncs the bytes drops the header. In between the File is provisional: an ordinary file, but for that.
+//
+// So is every file that has just become an ordinary one: until a sync has put the removal of the header on disk a power cut
+// can bring it back, and what it says would count more than what was written and synced past it, as O_DSYNC and msync of a
+// file that is passed through are.
 
 // CreateWhole makes a provisional copy of the lower file id in an empty upper file, and opens it. from is the lower file;
 // it is not kept. It owns s from then on, also when it fails.
 func (e *Engine) CreateWhole(s Store, id Ident, from io.ReaderAt) (*File, error) {
-	f := &File{e: e, s: s, format: Sparse, ident: id}
+	f := e.newFile(s)
+	f.format, f.ident = Sparse, id
 	f.hdr = Header{Format: Sparse, BlockSize: defaultBlockSize, Ident: id, Limit: id.Size, Size: id.Size}
 	f.plain.Store(true)
 	f.provisional.Store(true)
@@ -63,17 +68,19 @@ func (f *File) commitWhole() (synced bool, err error) {
 	if f.broken != nil {
 		return false, f.broken
 	}
-	if err := f.order(); err != nil {
-		return false, err
+	if !f.headerless {
+		if err := f.order(); err != nil {
+			return false, err
+		}
+		if err := f.dropHeader(); err != nil {
+			return false, err
+		}
 	}
-	if err := f.dropHeader(); err != nil {
-		return false, err
-	}
-	return true, f.syncStore(false)
+	return true, f.makeOrdinary()
 }
 
-// dropHeader is the last step of a commit: what the lower file had at CreateWhole is on disk. Bytes that were written
-// since are in the keeping of the filesystem, as those of any file are. The caller holds commitMu.
+// dropHeader removes the header: what the lower file had at CreateWhole is on disk. Bytes that were written since are in
+// the keeping of the filesystem, as those of any file are. The caller holds commitMu.
 func (f *File) dropHeader() error {
 	if err := f.setOrigin(); err != nil {
 		return err
@@ -81,14 +88,28 @@ func (f *File) dropHeader() error {
 	if err := f.s.RemoveHeader(); err != nil {
 		return err
 	}
-	f.provisional.Store(false)
-	f.forget()
+	f.headerless = true
 	f.e.complete.Add(1)
 	return nil
 }
 
-// settleWhole is dropHeader for a file whose bytes somebody else has synced.
-func (f *File) settleWhole() error {
+// makeOrdinary puts the removal of the header on disk. The caller holds commitMu.
+func (f *File) makeOrdinary() error {
+	if err := f.syncStore(false); err != nil {
+		return err
+	}
+	f.ordinary()
+	return nil
+}
+
+// ordinary says that the file is an ordinary one for good. The caller holds commitMu.
+func (f *File) ordinary() {
+	f.provisional.Store(false)
+	f.forget()
+}
+
+// settleWhole does what is left for a file whose bytes somebody else has synced, and step is what is left.
+func (f *File) settleWhole(step func() error) error {
 	f.commitMu.Lock()
 	defer f.commitMu.Unlock()
 	if f.closed.Load() || !f.provisional.Load() {
@@ -97,41 +118,67 @@ func (f *File) settleWhole() error {
 	if f.broken != nil {
 		return f.broken
 	}
-	return f.dropHeader()
+	return step()
 }
 
 // syncMany makes it worth syncing the whole filesystem instead of so many files, each of which takes its journal a
 // transaction.
 const syncMany = 8
 
-// settleWholes settles the provisional ones among the files with a single sync, and returns the rest. If that sync fails
-// it returns all of them: the sync of each file tells which it was.
+// settleWholes settles the provisional ones among the files with two syncs of the filesystem, one before their headers are
+// removed and one after, and returns the rest. If such a sync fails they all are the rest: the sync of each file tells which
+// it was. The kernel tells such a failure once, to whoever asks first, so that it is the rest for every file that is open
+// then, whenever its turn comes.
 func (e *Engine) settleWholes(files []*File) (rest []*File) {
 	var whole []*File
 	for _, f := range files {
-		if f.provisional.Load() && !f.nameless.Load() {
+		if f.provisional.Load() && !f.nameless.Load() && f.syncFailure == e.syncFailures.Load() {
 			whole = append(whole, f)
 		} else {
 			rest = append(rest, f)
 		}
 	}
-	if len(whole) < syncMany || e.syncFS == nil {
+	if len(whole) < syncMany || e.syncFS == nil || !e.syncAll() {
 		return files
 	}
-	if !e.opts.Volatile {
-		if err := e.syncFS(); err != nil {
-			e.fail("syncing the filesystem of the upper layer: %v", err)
-			return files
+	var dropped []*File
+	for _, f := range whole {
+		err := f.settleWhole(func() error {
+			if f.headerless {
+				return nil
+			}
+			return f.dropHeader()
+		})
+		if err != nil {
+			rest = append(rest, f)
+		} else {
+			dropped = append(dropped, f)
 		}
 	}
-	for _, f := range whole {
-		if err := f.settleWhole(); err != nil {
+	if !e.syncAll() {
+		return append(rest, dropped...)
+	}
+	for _, f := range dropped {
+		if err := f.settleWhole(func() error { f.ordinary(); return nil }); err != nil {
 			rest = append(rest, f)
 			continue
 		}
 		e.settled(f)
 	}
 	return rest
+}
+
+// syncAll syncs the filesystem of the upper layer.
+func (e *Engine) syncAll() (ok bool) {
+	if e.opts.Volatile {
+		return true
+	}
+	err := e.syncFS()
+	if err != nil {
+		e.syncFailures.Add(1)
+		e.fail("syncing the filesystem of the upper layer, whose files are now synced one by one: %v", err)
+	}
+	return err == nil
 }
 
 // SyncsWith gives the engine a way to sync everything that lies on the upper layer's filesystem, syncfs(2), for when
@@ -153,7 +200,8 @@ func (e *Engine) CreateOpen(s Store, id Ident, lower func() (Lower, error)) (*Fi
 	if h.Format != Sparse {
 		length = 0
 	}
-	f := &File{e: e, s: s, open: lower}
+	f := e.newFile(s)
+	f.open = lower
 	if err := f.initSketch(h, length); err != nil {
 		s.Close()
 		return nil, err
@@ -164,7 +212,8 @@ func (e *Engine) CreateOpen(s Store, id Ident, lower func() (Lower, error)) (*Fi
 
 // OpenOrdinary opens an upper file that was just made and is no sketch, and owns s from then on.
 func (e *Engine) OpenOrdinary(s Store) *File {
-	f := &File{e: e, s: s, attrsSynced: true}
+	f := e.newFile(s)
+	f.attrsSynced = true
 	f.plain.Store(true)
 	e.register(f)
 	return f

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"lamina/state"
 )
 
 // whole makes a provisional copy of low in a new store.
@@ -153,6 +155,186 @@ func TestManyWholesAtTheEnd(t *testing.T) {
 			t.Error("a power cut after the end shows the lower file")
 		}
 		expectContent(t, newCrashStore(m), low.data)
+	}
+}
+
+// What is written past a file that has settled, and synced there without its inode, as O_DSYNC and msync do where the file
+// is passed through, outlives a power cut: the header is gone for good.
+func TestSettledStaysOrdinary(t *testing.T) {
+	low := &memLower{data: testContent(5000), mtime: 5}
+	settle := func(t *testing.T, e *Engine, files ...*File) {
+		done := make(chan *File, len(files))
+		for _, f := range files {
+			f.Settle(func(f *File) { done <- f })
+		}
+		for range files {
+			<-done
+		}
+	}
+	past := func(t *testing.T, s *crashStore, old []byte) {
+		t.Helper()
+		if _, err := s.WriteAt([]byte("written past it"), 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.SyncData(); err != nil {
+			t.Fatal(err)
+		}
+		want := bytes.Clone(old)
+		copy(want, "written past it")
+		m := s.power()
+		if m.header != nil {
+			t.Errorf("a power cut brings the header back: %v", m.header)
+		}
+		expectContent(t, newCrashStore(m), want)
+	}
+	t.Run("many", func(t *testing.T) {
+		e := newEngine(t, Options{SettleDelay: time.Millisecond})
+		var stores []*crashStore
+		e.SyncsWith(func() error {
+			for _, s := range stores {
+				if err := s.Sync(); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		var files []*File
+		for range 2 * syncMany {
+			f, s := whole(t, e, low)
+			files, stores = append(files, f), append(stores, s)
+			defer f.Close()
+		}
+		settle(t, e, files...)
+		for i, s := range stores {
+			if files[i].Provisional() {
+				t.Fatal("settled, and provisional")
+			}
+			past(t, s, low.data)
+		}
+	})
+	t.Run("one", func(t *testing.T) {
+		e := newEngine(t, Options{SettleDelay: time.Millisecond})
+		f, s := whole(t, e, low)
+		defer f.Close()
+		settle(t, e, f)
+		past(t, s, low.data)
+	})
+	for name, format := range map[string]Format{"sparse": Sparse, "bcow": BCoW} {
+		t.Run("truncated "+name, func(t *testing.T) {
+			e := newEngine(t, Options{SettleDelay: time.Millisecond, Format: format})
+			s := newCrashStore(nil)
+			f := s.sketch(t, e, low)
+			defer f.Close()
+			if err := f.Truncate(0); err != nil {
+				t.Fatal(err)
+			}
+			if !f.Provisional() {
+				t.Fatal("a power cut brings the header back, and the file passes for an ordinary one")
+			}
+			if err := f.Truncate(100); err != nil {
+				t.Fatal(err)
+			}
+			settle(t, e, f)
+			past(t, s, make([]byte, 100))
+		})
+	}
+	t.Run("found complete", func(t *testing.T) {
+		e := newEngine(t, Options{SettleDelay: time.Millisecond})
+		s := newCrashStore(nil)
+		s.sketch(t, e, low).Abandon()
+		h := Header{Format: Sparse, BlockSize: defaultBlockSize, Ident: low.ident(), Complete: true, Size: 100}
+		if err := errors.Join(s.SetHeader(h.encode()), s.Sync()); err != nil {
+			t.Fatal(err)
+		}
+		f, err := e.Open(s, low.open)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if !f.Provisional() {
+			t.Fatal("a power cut brings the header back, and the file passes for an ordinary one")
+		}
+		settle(t, e, f)
+		past(t, s, make([]byte, 100))
+	})
+}
+
+// The kernel tells a failure of syncfs once. Files that were open then do not trust the next one, which may have nothing
+// to tell although their bytes are lost.
+func TestFailedSyncFSConcernsEveryOpenFile(t *testing.T) {
+	e := newEngine(t, Options{SettleDelay: time.Hour, Logf: func(string, ...any) {}})
+	fails := true
+	e.SyncsWith(func() error {
+		if fails {
+			fails = false
+			return unix.EIO
+		}
+		return nil
+	})
+	low := &memLower{data: testContent(5000), mtime: 5}
+	batch := func() (files []*File) {
+		for range syncMany {
+			f, _ := whole(t, e, low)
+			t.Cleanup(func() { f.Abandon() })
+			files = append(files, f)
+		}
+		return files
+	}
+	first, second := batch(), batch()
+	if rest := e.settleWholes(first); len(rest) != len(first) {
+		t.Errorf("%d of %d files are to be synced by themselves", len(rest), len(first))
+	}
+	if rest := e.settleWholes(second); len(rest) != len(second) {
+		t.Errorf("%d of %d files of another batch are to be synced by themselves", len(rest), len(second))
+	}
+	if rest := e.settleWholes(batch()); len(rest) != 0 {
+		t.Errorf("%d files that are newer than the failure are to be synced by themselves", len(rest))
+	}
+}
+
+// TestFailedSyncOutlivesTheProcess: a successor does not say that on the disk is what the kernel has said is lost.
+func TestFailedSyncOutlivesTheProcess(t *testing.T) {
+	for name, makes := range map[string]func(*Engine, *crashStore, *memLower) (*File, error){
+		"sketch": func(e *Engine, s *crashStore, low *memLower) (*File, error) { return s.sketch(t, e, low), nil },
+		"provisional": func(e *Engine, s *crashStore, low *memLower) (*File, error) {
+			return e.CreateWhole(s, low.ident(), low)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			arena, err := state.Create("test")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer arena.Close()
+			o := Options{CaW: CaWLazy, SettleDelay: time.Hour, Logf: func(string, ...any) {}, Memory: arena}
+			low, s := &memLower{data: testContent(64 << 10), mtime: 5}, newCrashStore(nil)
+			f, err := makes(newEngine(t, o), s, low)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Abandon()
+			if _, err := f.WriteAt(make([]byte, 4096), 0); err != nil {
+				t.Fatal(err)
+			}
+			s.fail = func(op string, n int) (int, error) {
+				if op == "sync" {
+					return 0, unix.ENOSPC
+				}
+				return n, nil
+			}
+			if err := f.Sync(true); !errors.Is(err, unix.ENOSPC) {
+				t.Fatalf("sync: %v", err)
+			}
+			s.fail = nil
+			g, err := newEngine(t, o).Open(s, low.open)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer g.Abandon()
+			if err := g.Sync(true); !errors.Is(err, unix.ENOSPC) {
+				t.Errorf("sync of the successor: %v", err)
+			}
+		})
 	}
 }
 

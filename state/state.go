@@ -39,7 +39,7 @@ const (
 )
 
 const (
-	magic      = 0x6c616d696e61_0001 // "lamina", and the layout's version: to be raised when any record changes
+	magic      = 0x6c616d696e61_0002 // "lamina", and the layout's version: to be raised when any record changes
 	headerSize = 4096
 	recordHead = 8
 	// RootSize is the room that Root has, in bytes.
