@@ -45,6 +45,7 @@ step "go vet" "$GO" vet ./...
 		done
 	done
 	step "tests/survive" "$GO" test -count=1 -timeout 20m ./tests/survive
+	step "tests/power" "$GO" test -count=1 -timeout 20m ./tests/power
 	step "tests/packages" "$GO" test -count=1 -timeout 20m ./tests/packages
 	step "tests/containerd" "$GO" test -count=1 -timeout 20m ./tests/containerd
 }
