@@ -73,3 +73,21 @@ func MountHash(mnt string) string {
 	sum := sha256.Sum256([]byte(mnt))
 	return hex.EncodeToString(sum[:8])
 }
+
+// Lock makes sure that one process has what the file path stands for; taken is the error when it is another one. The lock
+// goes with the process, however it ends.
+func Lock(path, taken string) (*os.File, error) {
+	lock, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = errors.New(taken)
+	}
+	if err != nil {
+		lock.Close()
+		return nil, err
+	}
+	return lock, nil
+}

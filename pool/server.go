@@ -87,9 +87,9 @@ func (c *ServerConfig) listen() (*net.UnixListener, *os.File, error) {
 		}
 		return l.(*net.UnixListener), files[1], nil
 	}
-	lock, err := lockSocket(c.Socket)
+	lock, err := Lock(c.Socket+".lock", "another server listens on it")
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, fmt.Errorf("socket %s: %w", c.Socket, err)
 	}
 	l, err := listenFresh(c.Socket)
 	if err == nil && c.Store != nil {
@@ -140,23 +140,6 @@ func (s *Server) resume() {
 
 // spareThreads is for how many mounts threads are kept ready: a container that starts does not wait for them.
 const spareThreads = 2
-
-// lockSocket makes sure that one server has the socket. The lock goes with the process, however it ends.
-func lockSocket(socket string) (*os.File, error) {
-	lock, err := os.OpenFile(socket+".lock", os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("socket %s: %w", socket, err)
-	}
-	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = errors.New("another server listens on it")
-	}
-	if err != nil {
-		lock.Close()
-		return nil, fmt.Errorf("socket %s: %w", socket, err)
-	}
-	return lock, nil
-}
 
 // Serve answers until the server is told to end and has no mount any more.
 func (s *Server) Serve() error {

@@ -60,21 +60,28 @@ func ReadNote(files []*os.File) (n Note, err error) {
 	if len(files) < keptLocks {
 		return n, fmt.Errorf("the supervisor has kept %d descriptors of a mount", len(files))
 	}
-	err = json.NewDecoder(io.NewSectionReader(files[keptNote], 0, 1<<30)).Decode(&n)
+	err = ReadMemory(files[keptNote], &n)
 	return n, err
 }
 
-func (n Note) file() (*os.File, error) {
-	fd, err := unix.MemfdCreate("lamina note", unix.MFD_CLOEXEC)
+// MemoryFile makes a file in memory that holds v as JSON, for another process to read with [ReadMemory]. name is what
+// /proc shows.
+func MemoryFile(name string, v any) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("memfd_create: %w", err)
 	}
-	f := os.NewFile(uintptr(fd), "note")
-	if err := json.NewEncoder(f).Encode(n); err != nil {
+	f := os.NewFile(uintptr(fd), name)
+	if err := json.NewEncoder(f).Encode(v); err != nil {
 		f.Close()
 		return nil, err
 	}
 	return f, nil
+}
+
+// ReadMemory reads what [MemoryFile] has written, from its begin, without moving the offset that all processes share.
+func ReadMemory(f *os.File, v any) error {
+	return json.NewDecoder(io.NewSectionReader(f, 0, 1<<30)).Decode(v)
 }
 
 // resuming says that the mount exists and is taken over.
@@ -141,7 +148,7 @@ func (in *Mount) keep(cfg *union.Config) (err error) {
 	if in.kept.state, err = state.Create("lamina"); err != nil {
 		return err
 	}
-	note, err := Note{in.Mountpoint, in.o, in.started, in.control.path, in.Container, in.Requested}.file()
+	note, err := MemoryFile("lamina note", Note{in.Mountpoint, in.o, in.started, in.control.path, in.Container, in.Requested})
 	if err != nil {
 		return err
 	}

@@ -38,6 +38,7 @@ import (
 	"sync"
 
 	"lamina/layer"
+	"lamina/pool"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -113,8 +114,8 @@ func New(c Config) (_ *Snapshotter, err error) {
 	if o.boot, err = bootID(); err != nil {
 		return nil, err
 	}
-	if o.lock, err = lockRoot(c.Root); err != nil {
-		return nil, err
+	if o.lock, err = pool.Lock(filepath.Join(c.Root, "lock"), "another snapshotter has it: end that first, or use another root"); err != nil {
+		return nil, fmt.Errorf("root %s: %w", c.Root, err)
 	}
 	defer func() {
 		if err != nil {
@@ -624,21 +625,4 @@ func checkAttributes(root string) error {
 		return fmt.Errorf("root %s: setting attributes of trusted.*: %w", root, err)
 	}
 	return nil
-}
-
-// lockRoot makes sure that one process has the root.
-func lockRoot(root string) (*os.File, error) {
-	lock, err := os.OpenFile(filepath.Join(root, "lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("root %s: %w", root, err)
-	}
-	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = errors.New("another snapshotter has it: end that first, or use another root")
-	}
-	if err != nil {
-		lock.Close()
-		return nil, fmt.Errorf("root %s: %w", root, err)
-	}
-	return lock, nil
 }

@@ -28,6 +28,17 @@ type benchFlags struct {
 	measure func(context.Context, bench.Config) (*breport.Run, error) // nil: bench.Run
 }
 
+// register adds the flags that mean the same in every command that measures.
+func (f *benchFlags) register(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.StringSliceVar(&f.config.Scenarios, "scenarios", nil, "only these scenarios")
+	flags.StringVar(&f.config.Dir, "dir", "", "measure below this directory instead of the one for temporary files")
+	flags.StringVar(&f.config.Filesystem, "filesystem", "", "measure on a fresh ext4, xfs or btrfs in an image file below DIR, or on what holds it (dir) (default: dir if a union can be measured there, otherwise ext4)")
+	flags.BoolVar(&f.asJSON, "json", false, "print JSON")
+	flags.StringVar(&f.html, "html", "", "also write a page with charts to this file")
+	flags.BoolVar(&f.strict, "strict", false, "fail when a target is missed, or a scenario or a contender failed")
+}
+
 func benchCommand() *cobra.Command {
 	var f benchFlags
 	cmd := &cobra.Command{
@@ -58,18 +69,13 @@ As a contender, lamina:OPTION+OPTION... is Lamina with any mount options, and ov
 		},
 	}
 	flags := cmd.Flags()
+	f.register(cmd)
 	flags.BoolVar(&f.quick, "quick", false, "small files, few repetitions; meant for 3 minutes, where the default is for 10")
 	flags.BoolVar(&f.full, "full", false, "files as large as in the papers; meant for 36 minutes")
-	flags.StringSliceVar(&f.config.Scenarios, "scenarios", nil, "only these scenarios")
 	flags.StringSliceVar(&f.config.Contenders, "contenders", nil, "these contenders instead of each scenario's own choice")
-	flags.StringVar(&f.config.Dir, "dir", "", "measure below this directory instead of the one for temporary files")
-	flags.StringVar(&f.config.Filesystem, "filesystem", "", "measure on a fresh ext4, xfs or btrfs in an image file below DIR, or on what holds it (dir) (default: dir if a union can be measured there, otherwise ext4)")
 	flags.IntVar(&f.config.Rounds, "rounds", 0, "turns of each contender (default: as many as the time allows)")
-	flags.BoolVar(&f.asJSON, "json", false, "print JSON")
 	flags.BoolVar(&f.markdown, "markdown", false, "print the tables for a Markdown document, each scenario's between comments that name it")
 	flags.StringVar(&f.from, "from", "", "measure nothing, and show what this file has, which --json has printed")
-	flags.StringVar(&f.html, "html", "", "also write a page with charts to this file")
-	flags.BoolVar(&f.strict, "strict", false, "fail when a target is missed, or a scenario or a contender failed")
 	flags.BoolVar(&f.list, "list", false, "list the scenarios and contenders, and measure nothing")
 	cmd.MarkFlagsMutuallyExclusive("quick", "full")
 	cmd.MarkFlagsMutuallyExclusive("json", "markdown")

@@ -33,16 +33,11 @@ directory of its own below DIR; a container, mount or process that is left behin
 		},
 	}
 	flags := cmd.Flags()
+	f.register(cmd)
 	flags.BoolVar(&f.quick, "quick", false, "small files, few repetitions")
 	flags.BoolVar(&f.full, "full", false, "more repetitions than the default")
-	flags.StringSliceVar(&f.config.Scenarios, "scenarios", nil, "only these scenarios")
 	flags.StringSliceVar(&f.config.Contenders, "contenders", nil, "only this snapshotter: overlayfs or lamina")
-	flags.StringVar(&f.config.Dir, "dir", "", "measure below this directory instead of the one for temporary files")
-	flags.StringVar(&f.config.Filesystem, "filesystem", "", "measure on a fresh ext4, xfs or btrfs in an image file below DIR, or on what holds it (dir) (default: dir if a union can be measured there, otherwise ext4)")
 	flags.IntVar(&f.config.Rounds, "rounds", 0, "turns of each snapshotter (default: 3; 2 in a quick run, 5 in a full one)")
-	flags.BoolVar(&f.asJSON, "json", false, "print JSON")
-	flags.StringVar(&f.html, "html", "", "also write a page with charts to this file")
-	flags.BoolVar(&f.strict, "strict", false, "fail when a target is missed, or a scenario or a contender failed")
 	flags.BoolVar(&f.list, "list", false, "list the scenarios, and measure nothing")
 	cmd.MarkFlagsMutuallyExclusive("quick", "full")
 	return cmd

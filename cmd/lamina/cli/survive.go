@@ -1,10 +1,8 @@
 package cli
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 
@@ -35,7 +33,7 @@ const (
 
 // superviseMount is the supervisor. ready is the pipe of the command that waits for the mount; nil: nobody does.
 func superviseMount(o *mountopt.Options, mnt string, lg *logger, foreground bool, ready *os.File) error {
-	config, err := configFile(survivorConfig{o, mnt, foreground})
+	config, err := pool.MemoryFile("lamina options", survivorConfig{o, mnt, foreground})
 	if err != nil {
 		return err
 	}
@@ -71,19 +69,6 @@ func superviseMount(o *mountopt.Options, mnt string, lg *logger, foreground bool
 	return nil
 }
 
-func configFile(c survivorConfig) (*os.File, error) {
-	fd, err := unix.MemfdCreate("lamina options", unix.MFD_CLOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("memfd_create: %w", err)
-	}
-	f := os.NewFile(uintptr(fd), "config")
-	if err := json.NewEncoder(f).Encode(c); err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
-}
-
 // survivorCommand is the server of a mount with survive=on. It is started by the supervisor alone.
 func survivorCommand() *cobra.Command {
 	return &cobra.Command{
@@ -101,7 +86,7 @@ func survivor() error {
 	}
 	unix.CloseOnExec(configFD)
 	var c survivorConfig
-	if err := json.NewDecoder(io.NewSectionReader(os.NewFile(configFD, "config"), 0, 1<<30)).Decode(&c); err != nil {
+	if err := pool.ReadMemory(os.NewFile(configFD, "config"), &c); err != nil {
 		return fmt.Errorf("reading what the supervisor says: %w", err)
 	}
 	s := &pool.Survival{Store: store, Kept: kept[c.Mountpoint]}
