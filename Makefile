@@ -8,8 +8,20 @@ PREFIX      ?= /usr/local
 # Packages whose tests run under the race detector: the ones that share memory between goroutines on a hot path.
 RACE = ./block/... ./union/...
 
-.PHONY: build test power demo bench lint fuzz package install uninstall clean
+.PHONY: help build test power demo bench lint fuzz package install uninstall clean
 .DEFAULT_GOAL := build
+
+help:
+	@echo 'make            bin/lamina'
+	@echo 'make demo       a first look: a database of an image, on Lamina and on kernel overlayfs, side by side'
+	@echo 'make test       all tests'
+	@echo 'make power      power cuts of real filesystems, many more than in make test'
+	@echo 'make fuzz       every fuzzer for FUZZTIME ($(FUZZTIME))'
+	@echo 'make lint       gofmt, vet, staticcheck'
+	@echo 'make bench      lamina bench $$(BENCHFLAGS), with what it measures against'
+	@echo 'make package    a Debian package and a tarball, in out/'
+	@echo 'make install    into PREFIX ($(PREFIX)), below DESTDIR; make uninstall takes it away'
+	@echo 'make clean      removes bin/ and out/'
 
 build:
 	@scripts/ensure.sh build
@@ -61,4 +73,4 @@ uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/share/man/man?/lamina*.[18]
 
 clean:
-	rm -rf bin
+	rm -rf bin out

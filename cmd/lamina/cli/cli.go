@@ -21,7 +21,7 @@ const (
 	exitFailure = 32 // mount: failed
 
 	exitFindings = 1 // fsck: something is wrong
-	exitTrouble  = 2 // fsck: could not check
+	exitTrouble  = 2 // fsck, flatten, doctor: could not do it, or the command line is wrong
 )
 
 // exitError is an error with an exit status of its own. A nil err exits silently.
@@ -53,6 +53,7 @@ func Main(argv []string) int {
 		name, args = filepath.Base(argv[0]), argv[1:]
 	}
 	var err error
+	wrong := exitUsage
 	if strings.HasPrefix(name, "mount.") {
 		if err = setLogging("", ""); err == nil {
 			err = mountHelper(args)
@@ -60,19 +61,30 @@ func Main(argv []string) int {
 	} else {
 		root := Command()
 		root.SetArgs(mountProgram(root, args))
-		err = root.Execute()
+		var c *cobra.Command
+		c, err = root.ExecuteC()
+		wrong = usageStatus(c.Name())
 	}
-	return report(err)
+	return report(err, wrong)
 }
 
-// report prints an error as one line and returns the exit status.
-func report(err error) int {
+// usageStatus is a command's exit status when its command line is wrong. It must not be taken for findings.
+func usageStatus(command string) int {
+	switch command {
+	case "fsck", "flatten", "doctor":
+		return exitTrouble
+	}
+	return exitUsage
+}
+
+// report prints an error as one line and returns the exit status, which is wrong unless err has one.
+func report(err error, wrong int) int {
 	if err == nil {
 		return exitOK
 	}
 	var e *exitError
 	if !errors.As(err, &e) {
-		e = &exitError{exitUsage, err}
+		e = &exitError{wrong, err}
 	}
 	if e.err != nil {
 		fmt.Fprintln(os.Stderr, "lamina: "+oneLine(err))
@@ -116,10 +128,16 @@ the subcommand. Installed as /sbin/mount.fuse.lamina it makes "mount -t fuse.lam
 		benchCommand(),
 		survivorCommand(),
 	)
-	for _, c := range root.Commands() {
-		c.DisableFlagsInUseLine = true // they are in it where they matter
-	}
+	plainUsage(root)
 	return root
+}
+
+// plainUsage has cobra leave "[flags]" out of the usage lines below c: flags are in them where they matter.
+func plainUsage(c *cobra.Command) {
+	for _, sub := range c.Commands() {
+		sub.DisableFlagsInUseLine = true
+		plainUsage(sub)
+	}
 }
 
 // operands accepts at least one and at most most arguments; what says what is missing without any.
