@@ -15,23 +15,22 @@ import (
 
 	"lamina/bench/report"
 	"lamina/bench/rival"
+	"lamina/tests/probe"
 )
 
 // traceFS mounts the kernel's tracing files for the length of the test, wherever the machine has them.
 func traceFS(t *testing.T) string {
 	t.Helper()
+	probe.FuseTrace.Need(t)
 	dir := t.TempDir()
 	if err := unix.Mount("lamina-bench", dir, "tracefs", 0, ""); err != nil {
-		t.Skipf("this kernel has no tracefs (CONFIG_TRACING): %v", err)
+		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	})
-	if _, err := os.Stat(filepath.Join(dir, "events/fuse/fuse_request_send")); err != nil {
-		t.Skipf("this kernel cannot count FUSE requests, Linux 6.10 can: %v", err)
-	}
 	return dir
 }
 

@@ -4,13 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"lamina/pool"
 	"lamina/snapshotter"
+	"lamina/tests/probe"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
@@ -24,7 +24,7 @@ func TestSuite(t *testing.T) {
 	must(t, unix.Mount("snapshotter", memory, "tmpfs", 0, "size=1g"))
 	t.Cleanup(func() { must(t, eventually(func() error { return unix.Unmount(memory, 0) })) })
 	t.Setenv("TMPDIR", memory)
-	for _, transport := range transports() {
+	for _, transport := range transports(t) {
 		for _, format := range []string{"sparse", "bcow"} {
 			name := format + "-" + transport
 			t.Run(name, func(t *testing.T) {
@@ -40,8 +40,8 @@ func TestSuite(t *testing.T) {
 	}
 }
 
-func transports() []string {
-	if _, err := os.Stat("/sys/module/fuse/parameters/enable_uring"); err != nil {
+func transports(t *testing.T) []string {
+	if probe.FuseUring.Missing(t) != nil {
 		return []string{"dev"}
 	}
 	return []string{"dev", "uring"}

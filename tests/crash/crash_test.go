@@ -58,11 +58,7 @@ func TestKilledServer(t *testing.T) {
 	if mnt.Subject() != rival.Lamina {
 		t.Fatalf("%s has no server to kill", mnt.Subject())
 	}
-	seed := *seedFlag
-	if seed == 0 {
-		seed = uint64(time.Now().UnixNano()) % 1_000_000_000
-	}
-	t.Logf("-crash.seed=%d", seed)
+	seed := mnt.Seed(t, "crash.seed", *seedFlag)
 	lower, contents := lowerLayer(t)
 	n := uint64(0)
 	for _, format := range []string{"sparse", "bcow", "bcow-single"} {

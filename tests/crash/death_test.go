@@ -139,7 +139,7 @@ func wantSynced(t *testing.T, dir string, all []*client) {
 // eachDeath runs a test on a new mount of each transport, as often as was asked for.
 func eachDeath(t *testing.T, f func(t *testing.T, m *mnt.T)) {
 	lower, _ := lowerLayer(t)
-	for _, transport := range mnt.Transports() {
+	for _, transport := range mnt.Transports(t) {
 		for i := range *deathsFlag {
 			t.Run(fmt.Sprint(transport, "/", i), func(t *testing.T) {
 				f(t, mnt.Start(t, rival.Config{System: rival.Lamina, Lowers: []string{lower}, Foreground: true,

@@ -16,7 +16,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -39,15 +38,6 @@ const (
 
 func TestMain(m *testing.M) { mnt.Main(m) }
 
-func seed(t *testing.T) uint64 {
-	s := *seedFlag
-	if s == 0 {
-		s = uint64(time.Now().UnixNano()) % 1_000_000_000
-	}
-	t.Logf("-fsx.seed=%d", s)
-	return s
-}
-
 // lowerLayer holds the files that the tests write to.
 func lowerLayer(t *testing.T) (dir string, contents []byte) {
 	t.Helper()
@@ -67,9 +57,9 @@ func lowerLayer(t *testing.T) (dir string, contents []byte) {
 }
 
 func TestFile(t *testing.T) {
-	s := seed(t)
+	s := mnt.Seed(t, "fsx.seed", *seedFlag)
 	lower, contents := lowerLayer(t)
-	for i, c := range mnt.Combinations() {
+	for i, c := range mnt.Combinations(t) {
 		t.Run(c.String(), func(t *testing.T) {
 			x := &exerciser{
 				t: t, Rand: rand.New(rand.NewPCG(s, uint64(i))),
@@ -454,7 +444,7 @@ func (x *exerciser) check() error {
 // another one is writing to.
 func TestNeighbours(t *testing.T) {
 	const workers, slice = 4, 512
-	s := seed(t)
+	s := mnt.Seed(t, "fsx.seed", *seedFlag)
 	lower, contents := lowerLayer(t)
 	for _, c := range mnt.Square() {
 		t.Run(c.String(), func(t *testing.T) {

@@ -20,6 +20,7 @@ import (
 
 	"lamina/bench/rival"
 	"lamina/hostfs"
+	"lamina/tests/probe"
 )
 
 // subject is the filesystem under test. Another one than Lamina tells whether a tester finds what it should.
@@ -116,10 +117,15 @@ func Try(t testing.TB, c rival.Config) (*T, error) {
 	return m, err
 }
 
-// Transports are those to be tested, by a test that chooses for its mounts itself: the one under test, or both.
-func Transports() []string {
-	if *transport != "auto" {
+// Transports are those to be tested, by a test that chooses for its mounts itself: the one under test, or all that this
+// kernel has.
+func Transports(t testing.TB) []string {
+	t.Helper()
+	switch {
+	case *transport != "auto":
 		return []string{*transport}
+	case probe.FuseUring.Missing(t) != nil:
+		return []string{"dev"}
 	}
 	return []string{"dev", "uring"}
 }
@@ -398,6 +404,17 @@ func descriptors() map[string]string {
 	return fds
 }
 
+// Seed is the seed that the flag of that name was given, which the test's log tells for a replay; 0 takes one from the
+// clock.
+func Seed(t testing.TB, name string, given uint64) uint64 {
+	t.Helper()
+	if given == 0 {
+		given = uint64(time.Now().UnixNano()) % 1_000_000_000
+	}
+	t.Logf("-%s=%d", name, given)
+	return given
+}
+
 // Combination is one set of Lamina's options.
 type Combination struct{ Format, CaW, Passthrough string }
 
@@ -423,8 +440,9 @@ func Matrix() []Combination {
 
 // Combinations are those to test over the transport under test: the whole matrix over the better of those that this kernel
 // has, and a square of it over the other. What is above the transport has been tested then.
-func Combinations() []Combination {
-	if _, err := os.Stat("/sys/module/fuse/parameters/enable_uring"); err == nil && *transport == "dev" {
+func Combinations(t testing.TB) []Combination {
+	t.Helper()
+	if *transport == "dev" && probe.FuseUring.Missing(t) == nil {
 		return Square()
 	}
 	return Matrix()

@@ -33,10 +33,7 @@ func TestMain(m *testing.M) { mnt.Main(m) }
 func TestRandom(t *testing.T) {
 	probe.OverlayTmpfile.Need(t)
 	probe.XattrEscape.Need(t)
-	seed := *seedFlag
-	if seed == 0 {
-		seed = uint64(time.Now().UnixNano()) % 1_000_000_000
-	}
+	seed := mnt.Seed(t, "oracle.seed", *seedFlag)
 	combinations := mnt.Square()
 	if *fullFlag || *soakFlag > 0 {
 		combinations = mnt.Matrix()

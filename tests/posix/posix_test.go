@@ -22,7 +22,7 @@ func TestMain(m *testing.M) { mnt.Main(m) }
 
 func TestPosix(t *testing.T) {
 	lowers := layers.Generate(t)
-	for _, c := range mnt.Combinations() {
+	for _, c := range mnt.Combinations(t) {
 		t.Run(c.String(), func(t *testing.T) {
 			m := mnt.Start(t, rival.Config{Lowers: lowers, Options: c.Options()})
 			for name, test := range posixtest.All {

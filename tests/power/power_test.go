@@ -42,11 +42,7 @@ func TestPowerCut(t *testing.T) {
 	if mnt.Subject() != rival.Lamina {
 		t.Fatalf("%s keeps no rules of Lamina's", mnt.Subject())
 	}
-	seed := *seedFlag
-	if seed == 0 {
-		seed = uint64(time.Now().UnixNano()) % 1_000_000_000
-	}
-	t.Logf("-power.seed=%d", seed)
+	seed := mnt.Seed(t, "power.seed", *seedFlag)
 	for i, c := range []struct {
 		name, fstype, mount string
 		mib                 int64

@@ -1,11 +1,13 @@
 // Package probe tells tests what the running kernel can do. A test that needs a feature calls [Feature.Need]: on a kernel
 // older than the feature's version the test is skipped, on a newer one that lacks it the test fails, so that a skip can
-// never hide a bug.
+// never hide a bug. What a kernel of any version may do without is skipped where the kernel itself says so ([ErrAbsent]).
 package probe
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -18,6 +20,10 @@ type Feature struct {
 	Version [2]int                 // the first kernel that has it
 	Probe   func(dir string) error // nil if the kernel has it; dir is a scratch directory
 }
+
+// ErrAbsent is what a probe finds where the kernel says that it was built without a feature, or runs on a machine without
+// what the feature is about.
+var ErrAbsent = errors.New("the kernel has none")
 
 // Kernel returns the running kernel's major and minor version.
 func Kernel() ([2]int, error) {
@@ -33,37 +39,56 @@ func Kernel() ([2]int, error) {
 	return v, nil
 }
 
-// Need skips the test on a kernel older than f, and fails it on a newer one that cannot do f.
+// Need skips the test on a kernel older than f, or whose own word is that it has no f, and fails it on any other that
+// cannot do f.
 func (f Feature) Need(t testing.TB) {
+	t.Helper()
+	if missing := f.Missing(t); missing != nil {
+		t.Skip(missing)
+	}
+}
+
+// Missing says why a test can do without f: nil where the kernel has it. It fails the test where [Feature.Need] would.
+func (f Feature) Missing(t testing.TB) error {
 	t.Helper()
 	err := f.Probe(t.TempDir())
 	if err == nil {
-		return
+		return nil
 	}
 	have, verr := Kernel()
 	if verr != nil {
 		t.Fatal(verr)
 	}
+	if errors.Is(err, ErrAbsent) {
+		return fmt.Errorf("%s: %w", f.Name, err)
+	}
 	if have[0] < f.Version[0] || have[0] == f.Version[0] && have[1] < f.Version[1] {
-		t.Skipf("%s needs Linux %d.%d (this is %d.%d): %v", f.Name, f.Version[0], f.Version[1], have[0], have[1], err)
+		return fmt.Errorf("%s needs Linux %d.%d (this is %d.%d): %w", f.Name, f.Version[0], f.Version[1], have[0], have[1], err)
 	}
 	t.Fatalf("%s has been in Linux since %d.%d, this is %d.%d, and yet: %v", f.Name, f.Version[0], f.Version[1], have[0], have[1], err)
+	return nil
 }
 
 // Filesystem is the kernel's support for a filesystem type.
 func Filesystem(name string, since [2]int) Feature {
 	return Feature{Name: "filesystem " + name, Version: since, Probe: func(string) error {
-		b, err := os.ReadFile("/proc/filesystems")
-		if err != nil {
-			return err
+		is, err := listed(name)
+		if err == nil && !is {
+			err = fmt.Errorf("/proc/filesystems does not list %s: load its module (modprobe %s)", name, name)
 		}
-		for line := range strings.SplitSeq(string(b), "\n") {
-			if f := strings.Fields(line); len(f) > 0 && f[len(f)-1] == name {
-				return nil
-			}
-		}
-		return fmt.Errorf("/proc/filesystems does not list %s: load its module (modprobe %s)", name, name)
+		return err
 	}}
+}
+
+// listed says whether the kernel lists a filesystem type, which it does as long as the type's module is loaded.
+func listed(name string) (bool, error) {
+	b, err := os.ReadFile("/proc/filesystems")
+	for line := range strings.SplitSeq(string(b), "\n") {
+		if f := strings.Fields(line); len(f) > 0 && f[len(f)-1] == name {
+			return true, err
+		}
+	}
+	return false, err
 }
 
 // Features that tests ask for.
@@ -85,7 +110,11 @@ var (
 	})}
 	// FuseUring: FUSE requests over io_uring, whether it is switched on or not.
 	FuseUring = Feature{Name: "FUSE over io_uring", Version: [2]int{6, 14}, Probe: func(string) error {
-		_, err := os.Stat("/sys/module/fuse/parameters/enable_uring")
+		fuse, err := os.Open("/dev/fuse") // the first open loads the module
+		if err == nil {
+			_, err = os.Stat("/sys/module/fuse/parameters/enable_uring")
+			fuse.Close()
+		}
 		return err
 	}}
 	// Passthrough: FUSE hands reads and writes to a backing file.
@@ -95,6 +124,28 @@ var (
 			err = fmt.Errorf("this is Linux %d.%d", v[0], v[1])
 		}
 		return err
+	}}
+	// FuseTrace: the kernel tells of every request that it sends to a FUSE server. Tracing can be left out of a kernel
+	// (CONFIG_TRACING), and cannot be a module.
+	FuseTrace = Feature{Name: "tracing of FUSE requests", Version: [2]int{6, 10}, Probe: func(dir string) error {
+		if is, err := listed("tracefs"); err != nil || !is {
+			return errors.Join(err, fmt.Errorf("tracefs: %w", ErrAbsent))
+		}
+		if err := unix.Mount("probe", dir, "tracefs", 0, ""); err != nil {
+			return fmt.Errorf("mounting tracefs: %w", err)
+		}
+		_, err := os.Stat(filepath.Join(dir, "events/fuse/fuse_request_send"))
+		return errors.Join(err, unix.Unmount(dir, 0))
+	}}
+	// CPUHotplug: some CPU can be switched off. Kernels can be built without (CONFIG_HOTPLUG_CPU), and the only CPU of a
+	// machine stays.
+	CPUHotplug = Feature{Name: "CPUs that can be switched off", Version: [2]int{2, 6}, Probe: func(string) error {
+		cpus, err := filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*")
+		knobs, kerr := filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*/online")
+		if len(cpus) < 2 || len(knobs) == 0 {
+			return errors.Join(err, kerr, ErrAbsent)
+		}
+		return nil
 	}}
 )
 

@@ -138,12 +138,8 @@ func TestSoak(t *testing.T) {
 	if mnt.Subject() != rival.Lamina {
 		t.Fatalf("%s has no server to kill", mnt.Subject())
 	}
-	seed := *seedFlag
-	if seed == 0 {
-		seed = uint64(time.Now().UnixNano()) % 1_000_000_000
-	}
-	t.Logf("-soak.seed=%d", seed)
-	for _, transport := range mnt.Transports() {
+	seed := mnt.Seed(t, "soak.seed", *seedFlag)
+	for _, transport := range mnt.Transports(t) {
 		t.Run(transport, func(t *testing.T) { soak(t, transport, seed) })
 	}
 }
