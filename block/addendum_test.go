@@ -92,12 +92,7 @@ func TestOneSync(t *testing.T) {
 			t.Fatal(err)
 		}
 		syncs := 0
-		s.fail = func(op string, n int) (int, error) {
-			if op == "sync" {
-				syncs++
-			}
-			return n, nil
-		}
+		s.countSyncs(&syncs)
 		before := f.hdr
 		if err := f.Sync(i%2 == 0); err != nil {
 			t.Fatal(err)

@@ -5,18 +5,6 @@ import (
 	"testing"
 )
 
-// syncsOf counts the syncs that a store is asked for.
-func (s *crashStore) countSyncs(n *int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.fail = func(op string, size int) (int, error) {
-		if op == "sync" {
-			*n++
-		}
-		return size, nil
-	}
-}
-
 // TestLogIsBroughtAhead: a file that is written from front to back and synced after every few bytes is synced once a time,
 // but for one in many. What is brought ahead is the lower file's, also after a power cut, and bounded.
 func TestLogIsBroughtAhead(t *testing.T) {

@@ -332,14 +332,12 @@ func TestLeafLostBeforeItsPage(t *testing.T) {
 		t.Fatal(err)
 	}
 	syncs := 0
-	store.fail = func(op string, n int) (int, error) {
-		if op == "sync" {
-			if syncs++; syncs == 2 {
-				return 0, unix.EIO
-			}
+	store.onSync(func() error {
+		if syncs++; syncs == 2 {
+			return unix.EIO
 		}
-		return n, nil
-	}
+		return nil
+	})
 	if err := f.Sync(false); !errors.Is(err, unix.EIO) {
 		t.Fatalf("sync: %v, want the power cut", err)
 	}

@@ -126,6 +126,31 @@ func (s *crashStore) sketch(t testing.TB, e *Engine, low *memLower) *File {
 	return f
 }
 
+// failSyncs has all syncs from here on fail with err.
+func (s *crashStore) failSyncs(err error) {
+	s.onSync(func() error { return err })
+}
+
+// countSyncs counts the syncs that s is asked for from here on.
+func (s *crashStore) countSyncs(n *int) {
+	s.onSync(func() error {
+		*n++
+		return nil
+	})
+}
+
+// onSync calls f, under mu, at every sync, which fails with f's error.
+func (s *crashStore) onSync(f func() error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fail = func(op string, n int) (int, error) {
+		if op == "sync" {
+			return n, f()
+		}
+		return n, nil
+	}
+}
+
 // power returns what a power cut leaves that takes everything that was not synced.
 func (s *crashStore) power() *image {
 	s.mu.Lock()

@@ -74,14 +74,7 @@ func TestCommitOfOpenFiles(t *testing.T) {
 			expectContent(t, after, want)
 
 			syncs := 0
-			store.mu.Lock()
-			store.fail = func(op string, n int) (int, error) {
-				if op == "sync" {
-					syncs++
-				}
-				return n, nil
-			}
-			store.mu.Unlock()
+			store.countSyncs(&syncs)
 			for i := range int64(3) { // rounds pass
 				n := e.Stats().Commits
 				if _, err := busy.WriteAt([]byte("x"), i*4096); err != nil {
@@ -115,14 +108,10 @@ func TestCommitOfOpenFilesVolatile(t *testing.T) {
 	low := &memLower{data: testContent(100_000), mtime: 5}
 	store := newCrashStore(nil)
 	f := store.sketch(t, e, low)
-	store.mu.Lock()
-	store.fail = func(op string, n int) (int, error) {
-		if op == "sync" {
-			t.Error("synced")
-		}
-		return n, nil
-	}
-	store.mu.Unlock()
+	store.onSync(func() error {
+		t.Error("synced")
+		return nil
+	})
 	want := bytes.Clone(low.data)
 	copy(want[5000:], "partial")
 	if _, err := f.WriteAt([]byte("partial"), 5000); err != nil {

@@ -411,12 +411,7 @@ func TestSyncErrorIsNotForgotten(t *testing.T) {
 	if _, err := f.WriteAt(make([]byte, 4096), 0); err != nil {
 		t.Fatal(err)
 	}
-	store.fail = func(op string, n int) (int, error) {
-		if op == "sync" {
-			return 0, unix.EIO
-		}
-		return n, nil
-	}
+	store.failSyncs(unix.EIO)
 	if err := f.Sync(false); !errors.Is(err, unix.EIO) {
 		t.Errorf("first sync: %v", err)
 	}

@@ -61,12 +61,7 @@ func TestWholeOfAShorterLower(t *testing.T) {
 // Once a sync has failed nothing says what the disk holds: the header stays, and Sync keeps failing.
 func TestWholeAfterAFailedSync(t *testing.T) {
 	f, s := whole(t, newEngine(t, Options{SettleDelay: time.Hour}), &memLower{data: testContent(5000), mtime: 5})
-	s.fail = func(op string, n int) (int, error) {
-		if op == "sync" {
-			return 0, unix.EIO
-		}
-		return n, nil
-	}
+	s.failSyncs(unix.EIO)
 	if err := f.Sync(false); !errors.Is(err, unix.EIO) {
 		t.Errorf("sync: %v", err)
 	}
@@ -95,12 +90,10 @@ func TestManyWholesSettleTogether(t *testing.T) {
 		stores, alone := map[*File]*crashStore{}, make(chan struct{}, 100)
 		for range cap(done) {
 			f, s := whole(t, e, &memLower{data: testContent(5000), mtime: 5})
-			s.fail = func(op string, n int) (int, error) {
-				if op == "sync" {
-					alone <- struct{}{}
-				}
-				return n, nil
-			}
+			s.onSync(func() error {
+				alone <- struct{}{}
+				return nil
+			})
 			stores[f] = s
 		}
 		for f := range stores {
@@ -316,12 +309,7 @@ func TestFailedSyncOutlivesTheProcess(t *testing.T) {
 			if _, err := f.WriteAt(make([]byte, 4096), 0); err != nil {
 				t.Fatal(err)
 			}
-			s.fail = func(op string, n int) (int, error) {
-				if op == "sync" {
-					return 0, unix.ENOSPC
-				}
-				return n, nil
-			}
+			s.failSyncs(unix.ENOSPC)
 			if err := f.Sync(true); !errors.Is(err, unix.ENOSPC) {
 				t.Fatalf("sync: %v", err)
 			}

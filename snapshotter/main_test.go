@@ -1,15 +1,13 @@
 package snapshotter_test
 
 import (
-	"errors"
 	"flag"
-	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"lamina/cmd/lamina/cli"
-	"lamina/pool"
+	"lamina/tests/mnt"
 )
 
 // TestMain is also the program under test: run under its name it is lamina, and a pool server is this program again.
@@ -21,24 +19,7 @@ func TestMain(m *testing.M) {
 		os.Exit(victim(v))
 	}
 	flag.Parse()
-	dir, err := os.MkdirTemp("", "lamina-snapshotter")
-	if err != nil {
-		panic(err)
-	}
-	run := dir + "/run"
-	if err := os.Setenv(pool.RuntimeDirVariable, run); err != nil {
-		panic(err)
-	}
-	code := m.Run()
-	left, err := os.ReadDir(run)
-	if err != nil && !errors.Is(err, os.ErrNotExist) || len(left) > 0 {
-		fmt.Fprintf(os.Stderr, "left in the runtime directory: %v %v\n", left, err)
-		code = 1
-	}
-	if err := os.RemoveAll(dir); err != nil {
-		panic(err)
-	}
-	os.Exit(code)
+	os.Exit(mnt.InRuntimeDir(m.Run))
 }
 
 func must(t testing.TB, err error) {

@@ -110,6 +110,25 @@ func cutPower(t *testing.T, disk string, close func()) {
 	}
 }
 
+// writeHundred fills a layer with files that hold text.
+func writeHundred(t *testing.T, text string) func(dir string) {
+	return func(dir string) {
+		for i := range 100 {
+			write(t, fmt.Sprintf("%s/dir/%d", dir, i), text)
+		}
+	}
+}
+
+// wantHundred looks for what writeHundred wrote.
+func wantHundred(t *testing.T, text string) func(dir string) {
+	return func(dir string) {
+		t.Helper()
+		for i := range 100 {
+			want(t, fmt.Sprintf("%s/dir/%d", dir, i), text)
+		}
+	}
+}
+
 // A power cut right behind the commit: what the filesystem has not written by itself is lost. No layer is served in part.
 func TestPowerCutBehindCommit(t *testing.T) {
 	disk := smallDisk(t)
@@ -117,11 +136,7 @@ func TestPowerCutBehindCommit(t *testing.T) {
 	text := strings.Repeat("layer ", 1000)
 	s.layer("base", "", func(dir string) { write(t, dir+"/file", text) })
 	s.synced()
-	s.layer("top", "base", func(dir string) {
-		for i := range 100 {
-			write(t, fmt.Sprintf("%s/dir/%d", dir, i), text)
-		}
-	})
+	s.layer("top", "base", writeHundred(t, text))
 	cutPower(t, disk, func() {
 		_ = s.Close() // its database is gone
 		s.Snapshotter = nil
@@ -133,11 +148,7 @@ func TestPowerCutBehindCommit(t *testing.T) {
 		switch {
 		case err == nil:
 			must(t, s.Remove(s.ctx, "whole"))
-			s.view("top", func(dir string) {
-				for i := range 100 {
-					want(t, fmt.Sprintf("%s/dir/%d", dir, i), text)
-				}
-			})
+			s.view("top", wantHundred(t, text))
 		case !strings.Contains(err.Error(), "may be incomplete"):
 			t.Error(err)
 		}
@@ -156,11 +167,7 @@ func TestPowerCutBehindCommitOfContainer(t *testing.T) {
 			text := strings.Repeat("layer ", 1000)
 			s.layer("base", "", func(dir string) { write(t, dir+"/file", text) })
 			s.synced()
-			s.container("c", "base", func(dir string) {
-				for i := range 100 {
-					write(t, fmt.Sprintf("%s/dir/%d", dir, i), text)
-				}
-			})
+			s.container("c", "base", writeHundred(t, text))
 			if killed {
 				s.killServer()
 			}
@@ -169,11 +176,7 @@ func TestPowerCutBehindCommitOfContainer(t *testing.T) {
 			must(t, endPools(s.c.Root))
 			cutPower(t, disk, func() {})
 			s.open()
-			s.view("committed", func(dir string) {
-				for i := range 100 {
-					want(t, fmt.Sprintf("%s/dir/%d", dir, i), text)
-				}
-			})
+			s.view("committed", wantHundred(t, text))
 			s.clean()
 		})
 	}

@@ -26,11 +26,7 @@ func TestMountStatusUmount(t *testing.T) {
 	if !l.mounted() {
 		t.Fatal("not mounted")
 	}
-	f, err := os.OpenFile(l.path("mnt/big"), os.O_WRONLY, 0)
-	must(t, err)
-	_, err = f.WriteAt([]byte("x"), 100_000)
-	must(t, err)
-	must(t, f.Close())
+	l.patch(100_000)
 
 	var st pool.Status
 	must(t, json.Unmarshal([]byte(l.ok("status", "--json", "mnt")), &st))
@@ -488,16 +484,12 @@ func Test500Lowers(t *testing.T) {
 func TestFsckExitStatus(t *testing.T) {
 	l := newLayers(t)
 	l.ok("mount", "-o", rw, "mnt")
-	f, err := os.OpenFile(l.path("mnt/big"), os.O_WRONLY, 0)
-	must(t, err)
-	_, err = f.WriteAt([]byte("x"), 50_000)
-	must(t, err)
-	must(t, f.Close())
+	l.patch(50_000)
 	l.ok("umount", "mnt")
 	if out := l.ok("fsck", "-o", "lowerdir=l1:l2", "upper"); !strings.Contains(out, "clean") {
 		t.Errorf("%s", out)
 	}
-	must(t, unix.Setxattr(l.path("upper/big"), "trusted.overlay.metacopy", []byte("forged beyond belief, and long enough"), 0))
+	l.forge()
 	r := l.run("fsck", "-o", "lowerdir=l1:l2", "upper")
 	if r.code != exitFindings || !strings.Contains(r.out, "/big") || r.err != "" {
 		t.Errorf("findings: %+v", r)
@@ -507,6 +499,11 @@ func TestFsckExitStatus(t *testing.T) {
 	must(t, json.Unmarshal([]byte(r.out), &finding))
 	if r.code != exitFindings || finding.Path != "big" || finding.What == "" {
 		t.Errorf("findings as JSON: %+v", r)
+	}
+	for _, wrong := range [][]string{{"fsck"}, {"fsck", "--mend", "upper"}, {"flatten"}, {"doctor", "upper", "mnt"}} {
+		if r := l.run(wrong...); r.code != exitTrouble { // 1 would be a finding
+			t.Errorf("%q: %+v", wrong, r)
+		}
 	}
 	if r := l.run("fsck", "none"); r.code != exitTrouble || !strings.Contains(r.err, "none") {
 		t.Errorf("a missing layer: %+v", r)

@@ -7,8 +7,6 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-
-	"golang.org/x/sys/unix"
 )
 
 // writeLog writes one line of each level under some settings.
@@ -62,13 +60,9 @@ func TestLogFormats(t *testing.T) {
 func TestLogFormatOfServer(t *testing.T) {
 	l := newLayers(t)
 	l.ok("mount", "--log-format", "json", "-o", rw, "mnt")
-	f, err := os.OpenFile(l.path("mnt/big"), os.O_WRONLY, 0)
-	must(t, err)
-	_, err = f.WriteAt([]byte("x"), 50_000)
-	must(t, err)
-	must(t, f.Close())
+	l.patch(50_000)
 	l.ok("umount", "mnt")
-	must(t, unix.Setxattr(l.path("upper/big"), "trusted.overlay.metacopy", []byte("forged beyond belief, and long enough"), 0))
+	l.forge()
 	l.ok("mount", "--log-format", "json", "-o", rw, "mnt")
 	if _, err := os.ReadFile(l.path("mnt/big")); err == nil {
 		t.Error("a damaged file was read")

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +12,7 @@ import (
 	"time"
 
 	"lamina/pool"
+	"lamina/tests/mnt"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,25 +23,10 @@ func TestMain(m *testing.M) {
 	if name := filepath.Base(os.Args[0]); name == "lamina" || strings.HasPrefix(name, "mount.") {
 		os.Exit(Main(os.Args))
 	}
-	// A runtime directory of our own: status must show our mounts and no others.
-	dir, err := os.MkdirTemp("", "lamina-cli")
-	if err != nil {
-		panic(err)
-	}
-	runtimeRoot = dir + "/run"
-	if err := os.Setenv(pool.RuntimeDirVariable, runtimeRoot); err != nil {
-		panic(err)
-	}
-	code := m.Run()
-	left, err := os.ReadDir(runtimeRoot)
-	if err != nil && !errors.Is(err, os.ErrNotExist) || len(left) > 0 {
-		fmt.Fprintf(os.Stderr, "left in the runtime directory: %v %v\n", left, err)
-		code = 1
-	}
-	if err := os.RemoveAll(dir); err != nil {
-		panic(err)
-	}
-	os.Exit(code)
+	os.Exit(mnt.InRuntimeDir(func() int {
+		runtimeRoot = pool.RuntimeDir()
+		return m.Run()
+	}))
 }
 
 var runtimeRoot string
@@ -105,6 +90,21 @@ func newLayers(t testing.TB) *layers {
 		l.waitServersGone()
 	})
 	return l
+}
+
+// patch writes a few bytes into big, which is in a lower layer, through the mount.
+func (l *layers) patch(off int64) {
+	l.t.Helper()
+	f, err := os.OpenFile(l.path("mnt/big"), os.O_WRONLY, 0)
+	must(l.t, err)
+	_, err = f.WriteAt([]byte("x"), off)
+	must(l.t, errors.Join(err, f.Close()))
+}
+
+// forge damages the header of big, which is a sketch in the upper layer of no mount.
+func (l *layers) forge() {
+	l.t.Helper()
+	must(l.t, unix.Setxattr(l.path("upper/big"), "trusted.overlay.metacopy", []byte("forged beyond belief, and long enough"), unix.XATTR_REPLACE))
 }
 
 func (l *layers) path(name string) string { return filepath.Join(l.dir, name) }

@@ -34,11 +34,11 @@ runs lamina from the search path.
 
 With Podman, mount_program in storage.conf(5) names lamina.`},
 	},
-	"umount":  {{"EXIT STATUS", `0: unmounted and flushed. 32: failed.`}},
-	"fsck":    {{"EXIT STATUS", `0: clean. 1: something was found, repaired or not. 2: the layer could not be checked, or the command
+	"umount": {{"EXIT STATUS", `0: unmounted and flushed. 32: failed.`}},
+	"fsck": {{"EXIT STATUS", `0: clean. 1: something was found, repaired or not. 2: the layer could not be checked, or the command
 line is wrong.`}},
-	"bench":   {{"EXIT STATUS", `0: measured. 32: failed, or with --strict a target was missed.`}},
-	"doctor":  {{"EXIT STATUS", `0: nothing to say, or notes. 1: something costs. 2: something is broken, or could not be
+	"bench": {{"EXIT STATUS", `0: measured. 32: failed, or with --strict a target was missed.`}},
+	"doctor": {{"EXIT STATUS", `0: nothing to say, or notes. 1: something costs. 2: something is broken, or could not be
 checked.`}},
 	"metrics": {{"EXIT STATUS", `0: ended by a signal, or printed. 32: failed, or with --listen - some server did not answer.`}},
 	"flatten": {{"EXIT STATUS", `0: no sketch is left. 2: failed; what was completed stays complete.`}},

@@ -90,13 +90,9 @@ func TestMetrics(t *testing.T) {
 func TestDamagedIsCounted(t *testing.T) {
 	l := newLayers(t)
 	l.ok("mount", "-o", rw, "mnt")
-	f, err := os.OpenFile(l.path("mnt/big"), os.O_WRONLY, 0)
-	must(t, err)
-	_, err = f.WriteAt([]byte("x"), 50_000)
-	must(t, err)
-	must(t, f.Close())
+	l.patch(50_000)
 	l.ok("umount", "mnt")
-	must(t, unix.Setxattr(l.path("upper/big"), "trusted.overlay.metacopy", []byte("forged beyond belief, and long enough"), 0))
+	l.forge()
 	l.ok("mount", "-o", rw, "mnt")
 	for range 3 {
 		if _, err := os.ReadFile(l.path("mnt/big")); err == nil {

@@ -14,11 +14,7 @@ import (
 func TestTopOnce(t *testing.T) {
 	l := newLayers(t)
 	l.ok("mount", "-o", rw, "mnt")
-	f, err := os.OpenFile(l.path("mnt/big"), os.O_WRONLY, 0)
-	must(t, err)
-	_, err = f.WriteAt([]byte("x"), 100_000)
-	must(t, err)
-	must(t, f.Close())
+	l.patch(100_000)
 	var out struct {
 		Time   time.Time
 		Mounts []struct {
