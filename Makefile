@@ -1,4 +1,5 @@
-# Lamina. `make demo` and `make test` are all the set-up there is: each installs what it needs and is missing.
+# Lamina. `make demo` and `make test` are all the set-up there is: each installs what it needs and is missing. `make help`
+# names the rest.
 
 GO          ?= go
 FUZZTIME    ?= 20s
