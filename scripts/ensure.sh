@@ -8,7 +8,8 @@ build=""
 test="fio:fio setfattr:attr setfacl:acl mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs fusermount3:fuse3 \
 setcap:libcap2-bin sqlite3:sqlite3 losetup:mount tar:tar gcc:gcc unshare:util-linux setpriv:util-linux git:git tmux:tmux systemd-analyze:systemd \
 mariadbd:mariadb-server-core mariadb:mariadb-client-core sysbench:sysbench \
-containerd:containerd runc:runc busybox:busybox-static podman:podman buildah:buildah newuidmap:uidmap nsenter:util-linux stress-ng:stress-ng"
+containerd:containerd runc:runc busybox:busybox-static podman:podman buildah:buildah newuidmap:uidmap nsenter:util-linux stress-ng:stress-ng \
+nft:nftables ip:iproute2 bridge:iproute2 nstat:iproute2 conntrack:conntrack"
 bench="mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs losetup:mount findmnt:util-linux fuse-overlayfs:fuse-overlayfs \
 fio:fio sqlite3:sqlite3 git:git tar:tar mariadbd:mariadb-server-core mariadb:mariadb-client-core sysbench:sysbench \
 containerd:containerd runc:runc busybox:busybox-static nginx:nginx-light"
@@ -49,6 +50,7 @@ fi
 
 # Modules that a part of the tests needs at their end are fetched at their begin.
 if [ "$1" = test ]; then
+	(cd "$(dirname "$0")/.." && go build -o /dev/null github.com/containernetworking/cni/cnitool && go build -o /dev/null github.com/containernetworking/plugins/plugins/meta/portmap)
 	(cd "$(dirname "$0")/../tests/graphdriver" && go list -deps -test -tags exclude_graphdriver_btrfs . >/dev/null)
 fi
 

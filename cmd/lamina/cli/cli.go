@@ -125,6 +125,7 @@ the subcommand. Installed as /sbin/mount.fuse.lamina it makes "mount -t fuse.lam
 		statusCommand(), topCommand(), metricsCommand(), doctorCommand(),
 		fsckCommand(), flattenCommand(),
 		serveCommand(), snapshotterCommand(),
+		netCommand(),
 		benchCommand(),
 		survivorCommand(),
 	)

@@ -112,7 +112,7 @@ func listenAt(address string) (net.Listener, func(), error) {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		lock.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = errors.New("another snapshotter listens on it: end that first, or use another address")
+			err = errors.New("another lamina listens on it: end that first, or use another address")
 		}
 		return fail(err)
 	}
