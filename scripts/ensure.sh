@@ -52,6 +52,7 @@ fi
 if [ "$1" = test ]; then
 	(cd "$(dirname "$0")/.." && go build -o /dev/null github.com/containernetworking/cni/cnitool && go build -o /dev/null github.com/containernetworking/plugins/plugins/meta/portmap)
 	(cd "$(dirname "$0")/../tests/graphdriver" && go list -deps -test -tags exclude_graphdriver_btrfs . >/dev/null)
+	(cd "$(dirname "$0")/../tests/containerd2" && go list -deps tool >/dev/null)
 fi
 
 case "$1" in test | bench | demo)

@@ -50,6 +50,8 @@ step "go vet" "$GO" vet ./...
 	step "tests/power" "$GO" test -count=1 -timeout 20m ./tests/power
 	step "tests/packages" "$GO" test -count=1 -timeout 20m ./tests/packages
 	step "tests/containerd" "$GO" test -count=1 -timeout 20m ./tests/containerd
+	step "containerd 2 is built" scripts/containerd2.sh
+	step "tests/containerd under containerd 2" "$GO" test -count=1 -timeout 20m ./tests/containerd -containerd="$PWD/bin/containerd2"
 }
 step "tests/stress" "$GO" test -count=1 -timeout 20m ./tests/stress
 step "tests/podman" "$GO" test -count=1 -timeout 20m ./tests/podman

@@ -41,7 +41,15 @@ type Config struct {
 	CRI     bool     // serve the CRI too, on containerd's socket
 	Default string   // the CRI's snapshotter; empty: Overlay
 	Pause   string   // the CRI's sandbox image
+
+	// Words are what the configuration says of Lamina, in place of the engine's own, as in deploy/examples/containerd.
+	Words string
+	// Imported has the words in a file that is imported.
+	Imported bool
 }
+
+// installed is the socket that the examples name.
+const installed = "/run/lamina/snapshotter.sock"
 
 // Engine is a running containerd.
 type Engine struct {
@@ -64,7 +72,7 @@ func Start(ctx context.Context, cfg Config) (_ *Engine, err error) {
 	if cfg.CRI {
 		e.namespace = "k8s.io" // the CRI's own
 	}
-	if err := os.WriteFile(e.path("config.toml"), []byte(e.config()), 0o644); err != nil {
+	if err := e.configure(); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -98,8 +106,19 @@ func (e *Engine) Snapshots(snapshotter string) string {
 	return e.path("root", "io.containerd.snapshotter.v1."+snapshotter, "snapshots")
 }
 
-// config is containerd's configuration, in the version that 1.6 and 2.x read. It names no key that one of them lacks.
-func (e *Engine) config() string {
+func (e *Engine) configure() error {
+	words := strings.ReplaceAll(e.Words, installed, e.path("l.sock"))
+	if !e.Imported {
+		return os.WriteFile(e.path("config.toml"), []byte(e.config("")+words), 0o644)
+	}
+	imported := e.path("lamina.toml")
+	return errors.Join(os.WriteFile(imported, []byte(words), 0o644),
+		os.WriteFile(e.path("config.toml"), []byte(e.config(fmt.Sprintf("imports = [%q]\n", imported))), 0o644))
+}
+
+// config is containerd's configuration, in the version that 1.6 and 2.x read: each passes over the plugins that it lacks.
+// Imports go to its head.
+func (e *Engine) config(imports string) string {
 	var b strings.Builder
 	off := []string{"io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper",
 		"io.containerd.snapshotter.v1.aufs", "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"}
@@ -110,11 +129,17 @@ func (e *Engine) config() string {
 	for i, p := range off {
 		quoted[i] = strconv.Quote(p)
 	}
-	fmt.Fprintf(&b, "version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [%s]\n", e.path("root"), e.path("state"), strings.Join(quoted, ", "))
+	fmt.Fprintf(&b, "version = 2\n%sroot = %q\nstate = %q\ndisabled_plugins = [%s]\n", imports, e.path("root"), e.path("state"), strings.Join(quoted, ", "))
 	fmt.Fprintf(&b, "[grpc]\naddress = %q\n[ttrpc]\naddress = %q\n", e.Address(), e.Address()+".ttrpc")
 	fmt.Fprintf(&b, "[plugins.\"io.containerd.internal.v1.opt\"]\npath = %q\n", e.path("opt"))
-	if e.Lamina != "" {
+	if e.Lamina != "" && e.Words == "" {
 		fmt.Fprintf(&b, "[proxy_plugins.lamina]\ntype = \"snapshot\"\naddress = %q\n", e.path("l.sock"))
+		for _, s := range []string{Overlay, Lamina} {
+			fmt.Fprintf(&b, "[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\nplatform = \"linux\"\nsnapshotter = %q\n", s)
+		}
+	}
+	if e.CRI && e.Words == "" {
+		fmt.Fprintf(&b, "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = %q\n", e.Default)
 	}
 	if e.CRI {
 		fmt.Fprintf(&b, `[plugins."io.containerd.grpc.v1.cri"]
@@ -122,9 +147,6 @@ sandbox_image = %q
 disable_tcp_service = true
 disable_apparmor = true
 restrict_oom_score_adj = true
-[plugins."io.containerd.grpc.v1.cri".containerd]
-snapshotter = %q
-default_runtime_name = "runc"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
@@ -132,7 +154,7 @@ Root = %q
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = %q
 conf_dir = %q
-`, e.Pause, e.Default, e.path("runc"), e.path("cni", "bin"), e.path("cni", "conf"))
+`, e.Pause, e.path("runc"), e.path("cni", "bin"), e.path("cni", "conf"))
 	}
 	return b.String()
 }
