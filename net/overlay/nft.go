@@ -16,6 +16,7 @@ import (
 
 // Marks that packets carry on this host (skb->mark).
 const (
+	MarkGeneration  = 0x0ff // these bits of the fast path's generation go with MarkMiss
 	MarkMiss        = 0x100 // a program of the fast path has let the packet go the ordinary way
 	MarkEstablished = 0x200 // and its connection is established and allowed
 	MarkHairpin     = 0x400 // it goes back to the pod it comes from
@@ -80,7 +81,7 @@ func (t *table) chains() []chain {
 				{fmt.Sprintf(`ct state new ct status dnat fib daddr . iif oif exists meta mark set meta mark or %#x`, MarkHairpin),
 					"a pod that reaches itself by a port of the host"},
 				{`jump ` + PolicyChain, "policies"},
-				{fmt.Sprintf(`ct state established meta mark %#x meta mark set meta mark or %#x`, MarkMiss, MarkEstablished),
+				{fmt.Sprintf(`ct state established meta mark and %#x == %#x meta mark set meta mark or %#x`, uint32(0xffffffff)&^MarkGeneration, MarkMiss, MarkEstablished),
 					"what the fast path may learn"},
 			},
 		},

@@ -1,0 +1,313 @@
+package fastpath
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+
+	"lamina/net/ns"
+	"lamina/net/overlay"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+)
+
+// Pod is a pod of this node.
+type Pod struct {
+	Addrs   []netip.Addr
+	Index   int              // of the host's end of its veth pair
+	MAC     net.HardwareAddr // of the pod's end
+	Gateway net.HardwareAddr // of the host's end
+}
+
+// pinName is a link's file: programs are told apart by name, interfaces by their index, which is not used again for long.
+func (p *Path) pinName(prog Program, index int) string {
+	return filepath.Join(p.o.Pins, "links", fmt.Sprintf("%s-%d", prog, index))
+}
+
+func parsePinName(name string) (Program, int, error) {
+	kind, number, _ := strings.Cut(name, "-")
+	for i, n := range programNames {
+		if n == kind {
+			var index int
+			_, err := fmt.Sscanf(number, "%d", &index)
+			return Program(i), index, err
+		}
+	}
+	return 0, 0, fmt.Errorf("pin %q is none of the fast path's", name)
+}
+
+func (p *Path) program(prog Program) (*ebpf.Program, ebpf.AttachType) {
+	switch prog {
+	case Egress:
+		return p.obj.Egress, ebpf.AttachTCXIngress
+	case Ingress:
+		return p.obj.Ingress, ebpf.AttachTCXIngress
+	case EgressLearn:
+		return p.obj.EgressLearn, ebpf.AttachTCXEgress
+	default:
+		return p.obj.IngressLearn, ebpf.AttachTCXEgress
+	}
+}
+
+// takeOverLinks makes every pinned link run this process's program, and removes those whose interface is gone.
+func (p *Path) takeOverLinks() error {
+	entries, err := os.ReadDir(filepath.Join(p.o.Pins, "links"))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		prog, index, err := parsePinName(e.Name())
+		if err != nil {
+			return err
+		}
+		if err := p.attach(prog, index, false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// attach makes the program run at the interface, pinned. With create unset only a link that is there already is updated.
+func (p *Path) attach(prog Program, index int, create bool) error {
+	file := p.pinName(prog, index)
+	program, where := p.program(prog)
+	if l, err := link.LoadPinnedLink(file, nil); err == nil {
+		defer l.Close()
+		if linkedTo(l) == index {
+			if err := l.Update(program); err != nil {
+				return fmt.Errorf("replacing program %s at interface %d: %w", prog, index, err)
+			}
+			return nil
+		}
+		if err := os.Remove(file); err != nil {
+			return err
+		}
+	}
+	if !create {
+		return nil
+	}
+	l, err := link.AttachTCX(link.TCXOptions{Interface: index, Program: program, Attach: where})
+	if err != nil {
+		return fmt.Errorf("attaching program %s to interface %d: %w", prog, index, err)
+	}
+	defer l.Close()
+	if err := l.Pin(file); err != nil {
+		return fmt.Errorf("pinning program %s of interface %d: %w", prog, index, err)
+	}
+	return nil
+}
+
+// linkedTo is the interface of a link, 0 if it is gone.
+func linkedTo(l link.Link) int {
+	info, err := l.Info()
+	if err != nil || info.TCX() == nil {
+		return 0
+	}
+	return int(info.TCX().Ifindex)
+}
+
+// detach takes a program off an interface at once, whoever else holds the link.
+func detach(file string) error {
+	l, err := link.LoadPinnedLink(file, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if d, ok := l.(interface{ Detach() error }); ok {
+		d.Detach() // fails if the interface is gone
+	}
+	return os.Remove(file)
+}
+
+// removePins detaches what is attached, then removes maps.
+func removePins(pins string) error {
+	links := filepath.Join(pins, "links")
+	entries, err := os.ReadDir(links)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	for _, e := range entries {
+		if err := detach(filepath.Join(links, e.Name())); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{bpfMapControl, bpfMapCounters, bpfMapFilters, bpfMapNodes, bpfMapPods, bpfMapPrefixes} {
+		if err := os.Remove(filepath.Join(pins, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// AttachNIC attaches to an interface by which other nodes are reached. It must be an Ethernet interface with room for the
+// outer header.
+func (p *Path) AttachNIC(name string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return ns.Do(p.o.NS, func() error {
+		l, err := p.nl.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("fast path: interface %s: %w", name, err)
+		}
+		a := l.Attrs()
+		if a.EncapType != "ether" {
+			return fmt.Errorf("fast path: %s has no Ethernet header (%s): packets to other nodes have to leave by an Ethernet interface", name, a.EncapType)
+		}
+		most := a.MTU - overlay.Overhead
+		if mtu := int(p.control.Mtu); mtu == 0 || mtu > most {
+			if most < 576 {
+				return fmt.Errorf("fast path: %s has an MTU of %d, too little for pods", name, a.MTU)
+			}
+			atomic.StoreUint32(&p.control.Mtu, uint32(most))
+		}
+		for _, prog := range []Program{EgressLearn, Ingress} {
+			if err := p.attach(prog, a.Index, true); err != nil {
+				return fmt.Errorf("fast path: %w", err)
+			}
+		}
+		return nil
+	})
+}
+
+// DetachNIC takes the programs off an interface, by its index. Headers that lead there are void.
+func (p *Path) DetachNIC(index int) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	defer p.begin()()
+	p.flush()
+	return errors.Join(detach(p.pinName(EgressLearn, index)), detach(p.pinName(Ingress, index)))
+}
+
+// AttachPod serves a pod, and forgets whatever was known of its addresses.
+func (p *Path) AttachPod(pod Pod) error {
+	if len(pod.MAC) != 6 || len(pod.Gateway) != 6 {
+		return fmt.Errorf("fast path: pod %v: %q and %q are not two MACs", pod.Addrs, pod.MAC, pod.Gateway)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.attached(pod) {
+		return nil
+	}
+	defer p.begin()()
+	for _, a := range pod.Addrs {
+		if err := p.putPod(a, pod, p.next()); err != nil {
+			return errors.Join(fmt.Errorf("fast path: pod %s: %w", a, err), p.detachPod(pod.Addrs))
+		}
+	}
+	err := ns.Do(p.o.NS, func() error {
+		return errors.Join(p.attach(IngressLearn, pod.Index, true), p.attach(Egress, pod.Index, true))
+	})
+	if err == nil {
+		err = p.forget(touches(pod.Addrs))
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("fast path: pod %v: %w", pod.Addrs, err), p.detachPod(pod.Addrs))
+	}
+	return nil
+}
+
+// attached says whether a pod is served already, so that an agent that starts again may attach what it finds.
+func (p *Path) attached(pod Pod) bool {
+	for _, a := range pod.Addrs {
+		have, ok := p.getPod(a)
+		if !ok || int(have.Ifindex) != pod.Index || string(have.Mac[:]) != string(pod.MAC) || string(have.Gateway[:]) != string(pod.Gateway) {
+			return false
+		}
+	}
+	for _, prog := range []Program{Egress, IngressLearn} {
+		l, err := link.LoadPinnedLink(p.pinName(prog, pod.Index), nil)
+		if err != nil {
+			return false
+		}
+		index := linkedTo(l)
+		l.Close()
+		if index != pod.Index {
+			return false
+		}
+	}
+	return true
+}
+
+func (p *Path) getPod(a netip.Addr) (bpfPod, bool) {
+	var rec bpfPod
+	err := p.obj.Pods.Lookup(toAddr(a), &rec)
+	return rec, err == nil
+}
+
+func (p *Path) putPod(a netip.Addr, pod Pod, since uint32) error {
+	rec := bpfPod{Ifindex: uint32(pod.Index), Since: since}
+	copy(rec.Mac[:], pod.MAC)
+	copy(rec.Gateway[:], pod.Gateway)
+	return p.storePod(a, rec)
+}
+
+func (p *Path) storePod(a netip.Addr, rec bpfPod) error {
+	key := toAddr(a)
+	rec.Tag = podTag(&rec, key, p.control.Secret)
+	return p.obj.Pods.Update(key, rec, ebpf.UpdateAny)
+}
+
+// DetachPod stops serving a pod. Its interface may be gone already. Addresses that are unknown are no error. When it returns,
+// no program holds what it knew of the pod.
+func (p *Path) DetachPod(addrs ...netip.Addr) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	defer p.begin()()
+	err := p.detachPod(addrs)
+	return errors.Join(err, p.forget(touches(addrs)), p.drain())
+}
+
+func (p *Path) detachPod(addrs []netip.Addr) error {
+	var errs []error
+	for _, a := range addrs {
+		rec, ok := p.getPod(a)
+		if !ok {
+			continue
+		}
+		if err := p.obj.Pods.Delete(toAddr(a)); err != nil {
+			errs = append(errs, err)
+		}
+		for _, prog := range []Program{Egress, IngressLearn} {
+			errs = append(errs, detach(p.pinName(prog, int(rec.Ifindex))))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Pods lists the addresses that are served and the index of their interfaces.
+func (p *Path) Pods() map[netip.Addr]int {
+	pods := map[netip.Addr]int{}
+	var key bpfAddr
+	var rec bpfPod
+	for it := p.obj.Pods.Iterate(); it.Next(&key, &rec); {
+		pods[fromAddr(key)] = int(rec.Ifindex)
+	}
+	return pods
+}
+
+// dropDeadPods removes pods whose interface has gone while nobody looked.
+func (p *Path) dropDeadPods() error {
+	for a, index := range p.Pods() {
+		_, err := p.nl.LinkByIndex(index)
+		if !errors.As(err, &netlink.LinkNotFoundError{}) {
+			continue
+		}
+		end := p.begin()
+		err = p.detachPod([]netip.Addr{a})
+		end()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,6 @@
+package fastpath
+
+// Only this needs clang (14 is what the committed objects were made with) and the packages llvm and libbpf-dev.
+//
+//go:generate go tool bpf2go -go-package fastpath -target bpfel -cflags "-O2 -g -Wall -Werror -mcpu=v3 -idirafter /usr/include/x86_64-linux-gnu" bpf bpf/fastpath.c
+//go:generate sh -c "cat bpf/fastpath.h bpf/fastpath.c | sha256sum | cut -d' ' -f1 >bpf/source.sha256"
