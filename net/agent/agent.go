@@ -62,12 +62,12 @@ type Part interface {
 
 // Times.
 const (
-	startPatience = 30 * time.Second     // how long a source may take to say something
-	lookAgain     = 30 * time.Second     // everything is looked at without a reason, in case one was missed
-	repairDelay   = 5 * time.Millisecond // notifications come in bursts
-	longestDelay  = 2 * time.Second      // between repairs when somebody else keeps undoing them
-	calm          = 10 * time.Second     // without a repair: the delay is the short one again
-	maxRepaired   = 20                   // repairs that a status lists
+	startPatience = 30 * time.Second       // how long a source may take to say something
+	lookAgain     = 30 * time.Second       // everything is looked at without a reason, in case one was missed
+	repairDelay   = 5 * time.Millisecond   // notifications come in bursts
+	longestDelay  = 2 * time.Second        // between repairs when somebody else keeps undoing them
+	calm          = 200 * time.Millisecond // without a reason to look after a repair: nobody undoes it
+	maxRepaired   = 20                     // repairs that a status lists
 )
 
 // Agent is a running agent.

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"lamina/cmd/lamina/cli"
 	"lamina/net/control"
 	"lamina/net/ipam"
 	"lamina/net/lab"
@@ -23,9 +24,9 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 )
 
-// Programs that tests run, as packages of this module or of its tools.
+// Programs that tests run, as packages of this module or of its tools. lamina itself is the test program under another name:
+// linking it takes longest.
 const (
-	Lamina  = "lamina/cmd/lamina"
 	Plugin  = "lamina/cmd/lamina-cni"
 	Cnitool = "github.com/containernetworking/cni/cnitool"
 	Portmap = "github.com/containernetworking/plugins/plugins/meta/portmap"
@@ -36,16 +37,23 @@ var build = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	cmd := exec.Command("go", "build", "-o", dir, Lamina, Plugin, Cnitool, Portmap)
+	cmd := exec.Command("go", "build", "-o", dir, Plugin, Cnitool, Portmap)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return dir, fmt.Errorf("building programs: %w\n%s", err, out)
 	}
-	return dir, nil
+	exe, err := os.Executable()
+	if err != nil {
+		return dir, err
+	}
+	return dir, os.Symlink(exe, filepath.Join(dir, "lamina"))
 })
 
-// Main is lab.Main; it also removes the programs that were built.
+// Main is lab.Main; it also removes the programs that were built, and is lamina when it is run under that name.
 func Main(m *testing.M) int {
+	if filepath.Base(os.Args[0]) == "lamina" {
+		return cli.Main(os.Args)
+	}
 	code := lab.Main(m)
 	if dir, _ := build(); dir != "" {
 		_ = os.RemoveAll(dir)
