@@ -65,14 +65,14 @@ package:
 # Container runtimes look for CNI plugins in /opt/cni/bin. The mount helper is what `mount -t fuse.lamina` looks for first; without it mount(8) would ask fuse3's mount.fuse.
 install: build
 	install -D -m 0755 bin/lamina $(DESTDIR)$(PREFIX)/bin/lamina
-	install -D -m 0755 bin/lamina-cni $(DESTDIR)/opt/cni/bin/lamina-cni
+	install -D -m 0755 bin/lamina-cni $(DESTDIR)$(PREFIX)/lib/cni/lamina-cni
 	mkdir -p $(DESTDIR)/sbin
 	ln -sf $(PREFIX)/bin/lamina $(DESTDIR)/sbin/mount.fuse.lamina
 	@if [ -d man ]; then install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8; \
 	  for p in man/*.[18]; do [ -e "$$p" ] || continue; install -m 0644 "$$p" $(DESTDIR)$(PREFIX)/share/man/man$${p##*.}/; done; fi
 
 uninstall:
-	rm -f $(DESTDIR)/sbin/mount.fuse.lamina $(DESTDIR)$(PREFIX)/bin/lamina $(DESTDIR)/opt/cni/bin/lamina-cni
+	rm -f $(DESTDIR)/sbin/mount.fuse.lamina $(DESTDIR)$(PREFIX)/bin/lamina $(DESTDIR)$(PREFIX)/lib/cni/lamina-cni
 	rm -f $(DESTDIR)$(PREFIX)/share/man/man?/lamina*.[18]
 
 clean:

@@ -22,6 +22,7 @@ doc=$root/usr/share/doc/lamina
 umask 022
 
 $GO build -trimpath -buildvcs=false -ldflags "-s -w -buildid= -X lamina/cmd/lamina/cli.version=$version" -o "$root/usr/bin/lamina" ./cmd/lamina
+$GO build -trimpath -buildvcs=false -ldflags "-s -w -buildid=" -o "$root/usr/lib/cni/lamina-cni" ./cmd/lamina-cni
 mkdir -p "$root/usr/sbin"
 ln -s ../bin/lamina "$root/usr/sbin/mount.fuse.lamina"
 
@@ -55,7 +56,7 @@ scripts/notices.sh | gzip -9n >"$doc/third-party-licenses.gz"
 
 find "$root" -type d -exec chmod 0755 {} +
 find "$root" -type f -exec chmod 0644 {} +
-chmod 0755 "$root/usr/bin/lamina"
+chmod 0755 "$root/usr/bin/lamina" "$root/usr/lib/cni/lamina-cni"
 find "$root" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 
 tar -C "$root" --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner --transform="flags=rSH;s,^\.,lamina-$version," -cf - . |
