@@ -44,11 +44,17 @@ func (c *Client) Do(ctx context.Context, r Request) (Reply, error) {
 			return Reply{}, err
 		}
 		reply, err := conn.do(ctx, r)
-		if err == nil {
+		if err == nil && reply.Errno != int(unix.ESHUTDOWN) {
 			c.put(conn)
 			return reply, reply.err()
 		}
 		conn.Close()
+		switch {
+		case err == nil && reused:
+			continue // another server may have the socket by now
+		case err == nil:
+			return reply, reply.err()
+		}
 		if !reused {
 			try++
 		}

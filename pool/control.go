@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Every server listens on a unix socket in the runtime directory, HASH.PID.sock, where HASH names the mount point. It
-// answers each connection with its Status in JSON. A socket that nobody answers is a leftover, and whoever finds it
+// Every server listens on a unix socket in the runtime directory, HASH.TIME.PID.sock, where HASH names the mount point, and
+// TIME tells mounts apart that one process had there one after another, or processes of one number had. It answers each connection with its Status in JSON. A socket that nobody answers is a leftover, and whoever finds it
 // removes it.
 
 // Status is what a server tells of its mount: the output of lamina status --json.
@@ -111,11 +111,11 @@ type control struct {
 	wg   sync.WaitGroup
 }
 
-func listen(mnt string) (*control, error) {
+func listen(mnt string, started time.Time) (*control, error) {
 	if err := MakeRuntimeDir(); err != nil {
 		return nil, err
 	}
-	path := filepath.Join(RuntimeDir(), fmt.Sprintf("%s.%d.sock", MountHash(mnt), os.Getpid()))
+	path := filepath.Join(RuntimeDir(), fmt.Sprintf("%s.%d.%d.sock", MountHash(mnt), started.UnixNano(), os.Getpid()))
 	l, err := listenFresh(path)
 	if err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
@@ -277,7 +277,7 @@ func peerPidfd(conn *net.UnixConn) (pidfd int, err error) {
 }
 
 // controlSocket is what a control socket is called. Others' sockets, such as the snapshotter's, lie beside them.
-var controlSocket = regexp.MustCompile(`^[0-9a-f]{16}\.[0-9]+\.sock$`)
+var controlSocket = regexp.MustCompile(`^[0-9a-f]{16}(\.[0-9]+){1,2}\.sock$`)
 
 // Sockets lists the control sockets of the mounts on mnt, or of all mounts if mnt is empty.
 func Sockets(mnt string) ([]string, error) {

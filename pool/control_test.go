@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // A runtime directory whose sockets' paths do not fit into an address serves as well as a short one.
@@ -14,7 +15,7 @@ func TestLongRuntimeDir(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Setenv(RuntimeDirVariable, dir)
-	c, err := listen("/some/where")
+	c, err := listen("/some/where", time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -71,9 +71,9 @@ type owner struct {
 // doing says what keeps a server whose mount is gone.
 func (o *owner) doing() string {
 	if o.server.Flushing {
-		return fmt.Sprintf("process %d, which is flushing the last mount on %s", o.pid, o.server.Mountpoint)
+		return fmt.Sprintf("process %d, which is flushing the last mount on %s", o.server.PID, o.server.Mountpoint)
 	}
-	return fmt.Sprintf("the last user of the mount on %s, which was detached (process %d serves it)", o.server.Mountpoint, o.pid)
+	return fmt.Sprintf("the last user of the mount on %s, which was detached (process %d serves it)", o.server.Mountpoint, o.server.PID)
 }
 
 // BusyError says that somebody else has the lock.
@@ -86,10 +86,12 @@ func (e *BusyError) Error() string {
 	switch by := &e.by; {
 	case by.server != nil && by.server.Flushing:
 		return fmt.Sprintf("%s: in use by %s: wait for its end; its log is %s", e.what, by.doing(), by.server.Log)
+	case by.server != nil && by.server.gone() && by.server.Shared:
+		return fmt.Sprintf("%s: in use by %s: end that user", e.what, by.doing())
 	case by.server != nil && by.server.gone():
-		return fmt.Sprintf("%s: in use by %s: end that user, or cut it off with kill -INT %d, twice", e.what, by.doing(), by.pid)
+		return fmt.Sprintf("%s: in use by %s: end that user, or cut it off with kill -INT %d, twice", e.what, by.doing(), by.server.PID)
 	case by.server != nil:
-		return fmt.Sprintf("%s: in use by the mount on %s (process %d): unmount that first", e.what, by.server.Mountpoint, by.pid)
+		return fmt.Sprintf("%s: in use by the mount on %s (process %d): unmount that first", e.what, by.server.Mountpoint, by.server.PID)
 	case by.pid != 0:
 		return fmt.Sprintf("%s: in use by another mount, fsck or flatten (process %d): end that first", e.what, by.pid)
 	}
@@ -180,14 +182,15 @@ func filesystemOf(fd int, path string) (deviceNumber, error) {
 	return deviceNumber{st.Dev_major, st.Dev_minor}, nil // not mounted here, but open
 }
 
-// lockPID looks a flock up in the text of /proc/locks: "1: FLOCK  ADVISORY  WRITE 1234 08:02:131 0 EOF".
+// lockPID looks a flock up in the text of /proc/locks: "1: FLOCK  ADVISORY  WRITE 1234 08:02:131 0 EOF". It may be this
+// process's: a pool's server has other mounts, and with survive=on the number is the first server's, long dead perhaps.
 func lockPID(locks, id string) int {
 	for line := range strings.Lines(locks) {
 		f := strings.Fields(line)
 		if len(f) < 6 || f[1] != "FLOCK" || f[5] != id {
 			continue
 		}
-		if pid, err := strconv.Atoi(f[4]); err == nil && pid > 0 && pid != os.Getpid() {
+		if pid, err := strconv.Atoi(f[4]); err == nil && pid > 0 {
 			return pid
 		}
 	}

@@ -177,7 +177,7 @@ func (in *Mount) start() (err error) {
 		return err
 	}
 	if in.control == nil {
-		if in.control, err = listen(in.Mountpoint); err != nil {
+		if in.control, err = listen(in.Mountpoint, in.started); err != nil {
 			return err
 		}
 	}

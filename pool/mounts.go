@@ -15,18 +15,29 @@ import (
 
 // IsLaminaMount tells whether the topmost mount on the directory is one of ours.
 func IsLaminaMount(abs string) bool {
+	_, rest := topMount(abs)
+	return strings.HasPrefix(rest, "fuse.lamina ")
+}
+
+// TopDevice is the device number, MAJOR:MINOR, of the topmost mount on a directory; empty if there is none.
+func TopDevice(abs string) string {
+	device, _ := topMount(abs)
+	return device
+}
+
+// topMount tells the topmost mount's device number and, after the " - " of its line, its type and what follows.
+func topMount(abs string) (device, rest string) {
 	info, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
-		return false
+		return "", ""
 	}
-	ours := false
 	for line := range bytes.Lines(info) {
 		before, after, _ := strings.Cut(string(line), " - ")
 		if fields := strings.Fields(before); len(fields) > 4 && UnescapeMountinfo(fields[4]) == abs {
-			ours = strings.HasPrefix(after, "fuse.lamina ")
+			device, rest = fields[2], after
 		}
 	}
-	return ours
+	return device, rest
 }
 
 // UnmountPath unmounts with umount2(2), or with fusermount3 where that is not allowed.

@@ -74,6 +74,11 @@ func MountHash(mnt string) string {
 	return hex.EncodeToString(sum[:8])
 }
 
+// takenError: another process has it.
+type takenError string
+
+func (e takenError) Error() string { return string(e) }
+
 // Lock makes sure that one process has what the file path stands for; taken is the error when it is another one. The lock
 // goes with the process, however it ends.
 func Lock(path, taken string) (*os.File, error) {
@@ -83,7 +88,7 @@ func Lock(path, taken string) (*os.File, error) {
 	}
 	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = errors.New(taken)
+		err = takenError(taken)
 	}
 	if err != nil {
 		lock.Close()

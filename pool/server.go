@@ -22,7 +22,8 @@ import (
 
 // ServerConfig of a pool server.
 type ServerConfig struct {
-	// Socket is where it is asked. A stale socket there is taken over; one that a living server listens on is refused.
+	// Socket is where it is asked. A stale socket there is taken over, and one of a server that is about to end is waited for;
+	// one that a living server listens on is refused.
 	Socket string
 	// Logf, Log, Version: see Config.
 	Logf    func(format string, args ...any)
@@ -34,20 +35,22 @@ type ServerConfig struct {
 	Kept  map[string][]*os.File
 }
 
-// keptServer is the name under which a server keeps its socket and the lock on it. Mounts are kept under their mount points.
+// keptServer is the name under which a server keeps its socket and the lock on it. Mounts are kept under names of their own.
 const keptServer = "server"
 
 // Server serves the mounts of one pool in this process.
 type Server struct {
 	c    ServerConfig
-	l    *net.UnixListener
+	l    *net.UnixListener // nil: the server before had given the socket up
 	lock *os.File
+	free sync.Once     // the socket is given up
 	quit chan struct{} // closed when the server is to end
 
 	mu     sync.Mutex
 	mounts map[string]*slot // by mount point
 	live   int              // mounts that are served, those that were detached included
 	ending bool             // asked to end with the last mount
+	closed bool             // for good: no mount is made any more
 	ended  bool
 
 	answering sync.RWMutex // held for reading by who answers
@@ -73,11 +76,16 @@ func Listen(c ServerConfig) (*Server, error) {
 		debug.SetGCPercent(400)
 	}
 	s := &Server{c: c, l: l, lock: lock, quit: make(chan struct{}), mounts: map[string]*slot{}}
+	s.closed, s.ending = l == nil, l == nil
 	s.resume()
+	s.mu.Lock()
+	s.endIfIdle()
+	s.mu.Unlock()
 	return s, nil
 }
 
-// listen opens the socket and locks it, or takes over the one of the process before.
+// listen opens the socket and locks it, or takes over the one of the process before. That may have given it up, and have left
+// mounts that somebody still uses: then there is none.
 func (c *ServerConfig) listen() (*net.UnixListener, *os.File, error) {
 	if files := c.Kept[keptServer]; len(files) == 2 {
 		l, err := net.FileListener(files[0])
@@ -87,7 +95,10 @@ func (c *ServerConfig) listen() (*net.UnixListener, *os.File, error) {
 		}
 		return l.(*net.UnixListener), files[1], nil
 	}
-	lock, err := Lock(c.Socket+".lock", "another server listens on it")
+	if len(c.Kept) > 0 {
+		return nil, nil, nil
+	}
+	lock, err := lockSocket(c.Socket)
 	if err != nil {
 		return nil, nil, fmt.Errorf("socket %s: %w", c.Socket, err)
 	}
@@ -113,40 +124,88 @@ func (c *ServerConfig) keep(l *net.UnixListener, lock *os.File) error {
 
 // resume takes over the mounts of the process before. One that cannot be is given up, so that the others live.
 func (s *Server) resume() {
-	for mnt, files := range s.c.Kept {
-		if mnt == keptServer {
+	var lost []string
+	for name, files := range s.c.Kept {
+		if name == keptServer {
 			continue
 		}
 		note, err := ReadNote(files)
 		var m *Mount
 		if err == nil {
-			m, err = Start(Config{Options: note.Options, Mountpoint: mnt, Logf: s.c.Logf, Log: s.c.Log, Version: s.c.Version, Shared: true,
-				Container: note.Container, Requested: note.Requested, Survival: &Survival{Store: s.c.Store, Kept: files}})
+			m, err = Start(Config{Options: note.Options, Mountpoint: note.Mountpoint, Logf: s.c.Logf, Log: s.c.Log, Version: s.c.Version, Shared: true,
+				Container: note.Container, Requested: note.Requested, Survival: &Survival{Store: s.c.Store, Kept: files, Name: name}})
 		}
 		if err != nil {
-			s.c.Logf("%s: cannot be taken over, and is given up: %v", mnt, err)
-			_ = s.c.Store.Drop(mnt)
-			if IsLaminaMount(mnt) { // half made, or dead now
-				_ = UnmountPath(mnt, true)
+			s.c.Logf("%s: cannot be taken over, and is given up: %v", name, err)
+			_ = s.c.Store.Drop(name)
+			for _, f := range files { // those that Start did not get to; with the last one the connection ends
+				f.Close()
 			}
+			lost = append(lost, note.Mountpoint)
 			continue
 		}
-		sl := &slot{m: m, options: note.Requested}
-		s.mounts[mnt] = sl
 		s.live++
-		go s.mourn(mnt, sl, m)
+		sl := &slot{m: m, options: note.Requested}
+		if s.mounts[m.Mountpoint] == nil || sl.living(m.Mountpoint) { // another one may have been detached from there
+			s.mounts[m.Mountpoint] = sl
+		}
+		go s.mourn(m.Mountpoint, sl, m)
+	}
+	for _, mnt := range lost { // only now: each of the others would keep us waiting
+		if mnt != "" {
+			_ = takeDeadAway(mnt)
+		}
 	}
 }
 
 // spareThreads is for how many mounts threads are kept ready: a container that starts does not wait for them.
 const spareThreads = 2
 
+const (
+	// endPatience bounds how long a server waits for one before it that is ending: it listens no more, and has the lock.
+	endPatience = time.Minute
+	// termPatience is how long a server that listens is waited for: it may just have been told to end.
+	termPatience = time.Second
+)
+
+// lockSocket makes sure that one server has the socket.
+func lockSocket(socket string) (*os.File, error) {
+	for began := time.Now(); ; time.Sleep(claimPoll) {
+		lock, err := Lock(socket+".lock", "another server listens on it")
+		if _, taken := err.(takenError); !taken {
+			return lock, err
+		}
+		if waited := time.Since(began); waited > endPatience || waited > termPatience && listens(socket) {
+			return nil, err
+		}
+	}
+}
+
+// listens says whether a server accepts connections on a socket.
+func listens(socket string) bool {
+	c := &Client{Socket: socket}
+	conn, _, err := c.get()
+	if err == nil {
+		conn.Close()
+	}
+	return !errors.Is(err, ErrNoServer)
+}
+
 // Serve answers until the server is told to end and has no mount any more.
 func (s *Server) Serve() error {
-	go func() {
-		<-s.quit
-		s.l.Close()
-	}()
+	var accepting sync.WaitGroup
+	if s.l != nil {
+		accepting.Go(s.accept)
+	}
+	<-s.quit
+	s.answering.Lock() // for good
+	s.freeSocket()
+	accepting.Wait()
+	return nil
+}
+
+// accept lets in who asks, until the socket is given up.
+func (s *Server) accept() {
 	for {
 		conn, err := s.l.AcceptUnix()
 		switch {
@@ -154,18 +213,27 @@ func (s *Server) Serve() error {
 			go s.converse(conn)
 			continue
 		case errors.Is(err, net.ErrClosed):
-			s.answering.Lock() // for good
-			if s.c.Store != nil {
-				_ = s.c.Store.Drop(keptServer) // first: from here on there is no successor
-			}
-			_ = os.Remove(s.c.Socket)                      // somebody may have tidied up the directory
-			_ = unix.Flock(int(s.lock.Fd()), unix.LOCK_UN) // the supervisor may have it open for another moment
-			s.lock.Close()
-			return nil
+			return
 		}
 		s.c.Logf("socket %s: %v", s.c.Socket, err)
 		time.Sleep(100 * time.Millisecond) // no descriptor is free: connections wait
 	}
+}
+
+// freeSocket gives the socket up, for another server to have. Who still has a connection gets one answer more.
+func (s *Server) freeSocket() {
+	s.free.Do(func() {
+		if s.l == nil {
+			return
+		}
+		s.l.Close()
+		if s.c.Store != nil {
+			_ = s.c.Store.Drop(keptServer) // first: from here on no successor listens
+		}
+		_ = os.Remove(s.c.Socket)                      // somebody may have tidied up the directory
+		_ = unix.Flock(int(s.lock.Fd()), unix.LOCK_UN) // the supervisor may have it open for another moment
+		s.lock.Close()
+	})
 }
 
 // converse answers one connection's requests.
@@ -177,6 +245,9 @@ func (s *Server) converse(conn *net.UnixConn) {
 	for lines.Scan() {
 		if s.answer(lines.Bytes(), enc) != nil {
 			return // who asked has gone
+		}
+		if s.refuses() {
+			return // let him look for another server
 		}
 	}
 	if err := lines.Err(); err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, unix.ECONNRESET) {
@@ -221,13 +292,20 @@ func (s *Server) Do(r Request, reply *Reply) error {
 	return nil
 }
 
+// refuses says whether the server was told to end for good.
+func (s *Server) refuses() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closed
+}
+
 // hold returns the slot of a mount point, locked.
 func (s *Server) hold(mnt string) (*slot, error) {
 	for {
 		s.mu.Lock()
 		if s.ended {
 			s.mu.Unlock()
-			return nil, fmt.Errorf("%s: the server is about to end: %w", mnt, unix.ESHUTDOWN)
+			return nil, endingError(mnt)
 		}
 		sl := s.mounts[mnt]
 		if sl == nil {
@@ -244,6 +322,10 @@ func (s *Server) hold(mnt string) (*slot, error) {
 		}
 		sl.mu.Unlock() // it was given up while we waited
 	}
+}
+
+func endingError(mnt string) error {
+	return fmt.Errorf("%s: the server is about to end: %w", mnt, unix.ESHUTDOWN)
 }
 
 // release unlocks a slot, and gives up one without a mount.
@@ -285,8 +367,12 @@ func (s *Server) mount(r Request) error {
 	}
 	defer s.release(r.Mountpoint, sl)
 	s.mu.Lock()
-	s.ending = false
+	refused := s.closed // from then on End finds the slot
+	s.ending = s.ending && refused
 	s.mu.Unlock()
+	if refused {
+		return endingError(r.Mountpoint)
+	}
 	if sl.living(r.Mountpoint) {
 		if slices.Equal(sl.options, r.Options) {
 			return nil
@@ -482,8 +568,12 @@ func (s *Server) status() []Status {
 	return all
 }
 
-// End unmounts everything that nobody uses, detaches the rest, and ends the server when the last user is gone.
+// End unmounts everything that nobody uses, detaches the rest, and ends the server when the last user is gone. From here on
+// it makes no mounts; with everything out of the tree it gives up its socket, for another server to have.
 func (s *Server) End() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
 	for _, mnt := range s.list() {
 		err := s.unmount(Request{Mountpoint: mnt})
 		if errors.Is(err, unix.EBUSY) {
@@ -494,5 +584,6 @@ func (s *Server) End() {
 			s.c.Logf("%v", err)
 		}
 	}
+	s.freeSocket()
 	_ = s.Do(Request{Op: OpQuit}, &Reply{})
 }

@@ -47,7 +47,8 @@ func (r *rig) listen() {
 	s, err := Listen(ServerConfig{Socket: r.path("sock"), Logf: r.t.Logf, Version: "test"})
 	must(r.t, err)
 	r.server, r.client = s, &Client{Socket: r.path("sock")}
-	go func() { r.served <- s.Serve() }()
+	served := r.served
+	go func() { served <- s.Serve() }()
 	r.t.Cleanup(r.client.Close)
 }
 
@@ -169,6 +170,123 @@ func TestServerDetached(t *testing.T) {
 	b, err := os.ReadFile(r.path("0/mnt/file"))
 	if err != nil || string(b[300_000:300_004]) != "late" {
 		t.Errorf("what was written late: %q, %v", b[300_000:300_004], err)
+	}
+}
+
+// While a detached mount is in use by somebody, its layers cannot be mounted anew; whoever asks for that waits.
+func TestServerMountsAgain(t *testing.T) {
+	r := newRig(t, 1)
+	r.do(r.request(OpMount, 0))
+	f, err := os.OpenFile(r.path("0/mnt/file"), os.O_RDWR, 0)
+	must(t, err)
+	lazy := r.request(OpUnmount, 0)
+	lazy.Lazy = true
+	r.do(lazy)
+	mounted := make(chan error, 1)
+	go func() {
+		_, err := r.try(r.request(OpMount, 0))
+		mounted <- err
+	}()
+	select {
+	case err := <-mounted:
+		t.Errorf("mounted while the one before is in use: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	_, err = f.WriteAt([]byte("late"), 300_000)
+	must(t, err)
+	must(t, f.Close())
+	must(t, <-mounted)
+	b, err := os.ReadFile(r.path("0/mnt/file"))
+	if err != nil || string(b[300_000:300_004]) != "late" {
+		t.Errorf("what was written late: %q, %v", b[300_000:300_004], err)
+	}
+}
+
+// What was detached from a mount point and what was mounted there next are two mounts, to everybody who asks.
+func TestServerReusesMountPoint(t *testing.T) {
+	r := newRig(t, 2)
+	r.do(r.request(OpMount, 0))
+	f, err := os.Open(r.path("0/mnt/file"))
+	must(t, err)
+	lazy := r.request(OpUnmount, 0)
+	lazy.Lazy = true
+	r.do(lazy)
+	next := r.request(OpMount, 1)
+	next.Mountpoint = r.path("0/mnt")
+	r.do(next)
+	all, err := MountsOn(r.path("0/mnt"))
+	if err != nil || len(all) != 2 || all[0].Upper == all[1].Upper {
+		t.Fatalf("asked for both: %+v, %v", all, err)
+	}
+	must(t, f.Close())
+	for len(all) != 1 {
+		all, err = MountsOn(r.path("0/mnt"))
+		must(t, err)
+		if len(all) == 0 {
+			t.Fatal("the end of one took the other one's socket away")
+		}
+	}
+	if all[0].Upper != r.path("1/upper") || all[0].Device != TopDevice(r.path("0/mnt")) {
+		t.Errorf("left: %s, %s; want %s, %s", all[0].Upper, all[0].Device, r.path("1/upper"), TopDevice(r.path("0/mnt")))
+	}
+}
+
+// A server that was told to end makes no more mounts, and another one can have its socket while it serves what it must.
+func TestServerToldToEnd(t *testing.T) {
+	r := newRig(t, 2)
+	r.do(r.request(OpMount, 0))
+	f, err := os.OpenFile(r.path("0/mnt/file"), os.O_RDWR, 0)
+	must(t, err)
+	old := r.served
+	r.server.End()
+	for range maxIdle + 1 { // connections from before have one answer each
+		if _, err := r.try(r.request(OpMount, 1)); !errors.Is(err, unix.ESHUTDOWN) && !errors.Is(err, ErrNoServer) {
+			t.Fatalf("mounting: %v", err)
+		}
+	}
+	r.served = make(chan error, 1)
+	r.listen()
+	r.do(r.request(OpMount, 1))
+	_, err = f.WriteAt([]byte("late"), 300_000)
+	must(t, err)
+	select {
+	case <-old:
+		t.Error("it has ended while somebody uses its mount")
+	default:
+	}
+	must(t, f.Close())
+	must(t, <-old)
+	r.do(r.request(OpMount, 0))
+	b, err := os.ReadFile(r.path("0/mnt/file"))
+	if err != nil || string(b[300_000:300_004]) != "late" {
+		t.Errorf("what was written late: %q, %v", b[300_000:300_004], err)
+	}
+	if list := r.do(Request{Op: OpList}).Mounts; len(list) != 2 {
+		t.Errorf("list: %v", list)
+	}
+}
+
+// A server that is ending is waited for: it listens no more and has not let go of the lock yet.
+func TestServerSocketOfOneThatEnds(t *testing.T) {
+	dir := t.TempDir()
+	socket := filepath.Join(dir, "sock")
+	lock, err := lockSocket(socket)
+	must(t, err)
+	listening := make(chan error, 1)
+	go func() {
+		s, err := Listen(ServerConfig{Socket: socket, Logf: t.Logf})
+		if err == nil {
+			_ = s.Do(Request{Op: OpQuit}, &Reply{})
+			err = s.Serve()
+		}
+		listening <- err
+	}()
+	select {
+	case err := <-listening:
+		t.Errorf("it did not wait: %v", err)
+	case <-time.After(termPatience + 5*claimPoll):
+		must(t, lock.Close())
+		must(t, <-listening)
 	}
 }
 

@@ -28,7 +28,7 @@ type Spawn struct {
 const serveReady = "ready"
 
 // Start starts a server in a session of its own and returns when it listens. It is not the caller's child for long: it goes
-// on when the caller ends. A server that found another one listening is no error: that one serves.
+// on when the caller ends.
 func (s Spawn) Start() error {
 	program := s.Program
 	if program == "" {

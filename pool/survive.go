@@ -21,11 +21,12 @@ import (
 
 // Survival is how a mount outlives the process that serves it.
 type Survival struct {
-	// Store keeps the mount's descriptors. They are kept under the name of the mount point.
+	// Store keeps the mount's descriptors.
 	Store *supervise.Store
-	// Kept is what a process before this one has kept under that name: then the mount exists, and this process takes it
-	// over. Nil: it is to be made.
+	// Kept is what a process before this one has kept, under Name: then the mount exists, and this process takes it over.
+	// Nil: it is to be made, and a name will be.
 	Kept []*os.File
+	Name string
 }
 
 // kept is what outlives the process: the connection, the memory, the control socket (whoever asks while nobody serves
@@ -34,7 +35,7 @@ type kept struct {
 	device *os.File
 	state  *state.Arena
 	locks  []*os.File
-	named  bool // the supervisor has something under the mount point
+	name   string // under which the supervisor has something; empty: it has nothing
 }
 
 const (
@@ -121,7 +122,7 @@ func (in *Mount) takeKept() error {
 		return err
 	}
 	in.started = note.Started
-	in.kept.named = true
+	in.kept.name = in.Survival.Name
 	in.kept.device, in.kept.locks = files[keptDevice], files[keptLocks:]
 	files[keptNote].Close()
 	if in.kept.state, err = state.Open(files[keptState]); err != nil {
@@ -168,8 +169,17 @@ func (in *Mount) keep(cfg *union.Config) (err error) {
 		}
 	}
 	files := append([]*os.File{in.kept.device, in.kept.state.File(), socket, note}, in.kept.locks...)
-	in.kept.named = true
-	return in.Survival.Store.Keep(in.Mountpoint, files...)
+	in.kept.name = fmt.Sprintf("%s (%d)", in.Mountpoint, in.started.UnixNano())
+	return in.Survival.Store.Keep(in.kept.name, files...)
+}
+
+// Forsake makes this process the last one to serve the mount.
+func (in *Mount) Forsake() error {
+	// The mount point is no name: what was detached from it may still be served beside what is mounted there now.
+	if in.Survival == nil || in.kept.name == "" {
+		return nil
+	}
+	return in.Survival.Store.Drop(in.kept.name)
 }
 
 // giveUp leaves a mount that could not be taken over to whoever makes it anew. Its memory is left mapped: somebody may be at
@@ -192,12 +202,9 @@ func (in *Mount) letGo() {
 	if in.Survival == nil {
 		return
 	}
-	// First: while the supervisor has something there can be a successor, which counts on the locks. And a mount that kept
-	// nothing takes nothing away from another one of its name.
-	if in.kept.named {
-		if err := in.Survival.Store.Drop(in.Mountpoint); err != nil && !errors.Is(err, supervise.ErrNoSupervisor) {
-			in.Logf("%s: %v", in.Mountpoint, err)
-		}
+	// First: while the supervisor has something there can be a successor, which counts on the locks.
+	if err := in.Forsake(); err != nil && !errors.Is(err, supervise.ErrNoSupervisor) {
+		in.Logf("%s: %v", in.Mountpoint, err)
 	}
 	for _, l := range in.kept.locks {
 		if err := unix.Flock(int(l.Fd()), unix.LOCK_UN); err != nil {

@@ -30,7 +30,8 @@ const (
 	OpList Op = "list"
 	// OpStatus describes all mounts.
 	OpStatus Op = "status"
-	// OpQuit ends the server when it has no mount, or with the last one. A later OpMount revokes it.
+	// OpQuit ends the server when it has no mount, or with the last one. A later OpMount revokes it; not after a signal
+	// though: then the answer is ESHUTDOWN, and another server can be started.
 	OpQuit Op = "quit"
 )
 

@@ -82,17 +82,16 @@ func (s *poolServer) ask(ctx context.Context, r pool.Request) (pool.Reply, error
 	}
 }
 
-// started starts a server unless there is one by now.
+// started starts a server unless there is one by now, and gives it a moment.
 func (s *poolServer) started(ctx context.Context) error {
 	s.start.Lock()
 	defer s.start.Unlock()
 	_, err := s.client.Do(ctx, pool.Request{Op: pool.OpList})
-	if err == nil || !errors.Is(err, pool.ErrNoServer) {
-		return ctx.Err()
-	}
-	if err := s.spawn.Start(); err != nil {
-		return err
-	}
+	if errors.Is(err, pool.ErrNoServer) {
+		if err := s.spawn.Start(); err != nil {
+			return err
+		}
+	} // else it is about to end, and another one can be started when it has given up its socket
 	select {
 	case <-ctx.Done():
 		return ctx.Err()

@@ -55,9 +55,7 @@ func handleSignals(m *pool.Mount, lg *logger) (stop func()) {
 				lg.infof("%s: %v: still flushing what was written; the next signal gives it up", m.Mountpoint, sig)
 				told = true
 			default:
-				if m.Survival != nil { // or a successor would go on with it
-					_ = m.Survival.Store.Drop(m.Mountpoint)
-				}
+				_ = m.Forsake() // or a successor would go on with it
 				signal.Reset(sig)
 				_ = unix.Kill(os.Getpid(), sig.(unix.Signal))
 			}

@@ -97,6 +97,10 @@ func supervisePool(socket, logFile string, readyFD int) error {
 
 func servePool(socket, logFile string, readyFD, keeperFD int) error {
 	s, lg, store, err := listenPool(socket, logFile, keeperFD)
+	// Before the supervisor is told: it passes on at once what came while nobody could have it.
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
+	signal.Ignore(unix.SIGHUP, unix.SIGPIPE)
 	if err == nil && store != nil {
 		err = store.Ready()
 	}
@@ -106,9 +110,6 @@ func servePool(socket, logFile string, readyFD, keeperFD int) error {
 	if err != nil {
 		return err
 	}
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
-	signal.Ignore(unix.SIGHUP, unix.SIGPIPE)
 	go func() {
 		for sig := range signals {
 			lg.infof("%s: %v: unmounting", socket, sig)

@@ -89,7 +89,9 @@ func survivor() error {
 	if err := pool.ReadMemory(os.NewFile(configFD, "config"), &c); err != nil {
 		return fmt.Errorf("reading what the supervisor says: %w", err)
 	}
-	s := &pool.Survival{Store: store, Kept: kept[c.Mountpoint]}
+	s := &pool.Survival{Store: store}
+	for s.Name, s.Kept = range kept { // one, if any
+	}
 	if s.Kept == nil && !c.Foreground {
 		return serveInBackground(c.Options, c.Mountpoint, toldFD, s)
 	}

@@ -39,9 +39,7 @@ func umount(arg string, lazy bool) error {
 	if err != nil {
 		return err
 	}
-	if server.pidfd >= 0 {
-		defer unix.Close(server.pidfd)
-	}
+	defer closeServer(server.pidfd)
 	err = pool.UnmountPath(mnt, lazy)
 	if errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("%s: in use by %s: end them, or detach the mount with lamina umount -l", arg, pool.Holders(mnt))
@@ -84,9 +82,11 @@ type mountServer struct {
 	shared bool // it serves other mounts too
 }
 
-// topServer returns the server of the topmost mount on mnt. Of several servers for one directory the youngest mounted last.
+// topServer returns the server of the topmost mount on mnt. Others may be asked for by the same name: they serve a mount
+// below it, or one that was detached, or one in another mount namespace.
 func topServer(mnt string) (mountServer, error) {
 	best := mountServer{pidfd: -1}
+	device := pool.TopDevice(mnt)
 	paths, err := pool.Sockets(mnt)
 	if err != nil {
 		return best, err
@@ -101,8 +101,12 @@ func topServer(mnt string) (mountServer, error) {
 		if err != nil && pidfd < 0 {
 			return best, fmt.Errorf("control socket %s: %w", path, err)
 		}
+		if err == nil && st.Device != device { // one that does not answer may be it
+			closeServer(pidfd)
+			continue
+		}
 		if best.pidfd >= 0 && st.Started.Before(started) {
-			unix.Close(pidfd)
+			closeServer(pidfd)
 			continue
 		}
 		if best.pidfd >= 0 {
@@ -115,6 +119,12 @@ func topServer(mnt string) (mountServer, error) {
 
 // patience is how long a flush may take without a word.
 const patience = 2 * time.Second
+
+func closeServer(pidfd int) {
+	if pidfd >= 0 {
+		unix.Close(pidfd)
+	}
+}
 
 // waitEnd waits until the mount is flushed, and says so when that takes long: until the server's process has ended, or, if it
 // serves others too, until it has let go of the mount's socket.
