@@ -262,6 +262,7 @@ func checkKernelMount(upper, work *checkedDir) error {
 	if err != nil {
 		return err
 	}
+	device := fmt.Sprintf("%d:%d", unix.Major(upper.id.dev), unix.Minor(upper.id.dev))
 	for line := range bytes.Lines(info) {
 		before, after, _ := strings.Cut(string(line), " - ")
 		if !strings.HasPrefix(after, "overlay ") {
@@ -273,8 +274,9 @@ func checkKernelMount(upper, work *checkedDir) error {
 			if name != "upperdir" && name != "workdir" {
 				continue
 			}
+			path = UnescapeMountinfo(path)
 			var st unix.Stat_t
-			if unix.Stat(UnescapeMountinfo(path), &st) != nil {
+			if throughFUSE(string(info), path, device) || unix.Stat(path, &st) != nil {
 				continue
 			}
 			for _, own := range []*checkedDir{upper, work} {
@@ -285,6 +287,23 @@ func checkKernelMount(upper, work *checkedDir) error {
 		}
 	}
 	return nil
+}
+
+// throughFUSE says whether the way to path leads through a FUSE mount, but for those of one filesystem (MAJOR:MINOR). The
+// server of any other may answer nobody, so what lies there is not looked at, unless something asked for lies there too.
+func throughFUSE(info, path, but string) bool {
+	for line := range strings.Lines(info) {
+		before, after, _ := strings.Cut(line, " - ")
+		kind, _, _ := strings.Cut(after, " ")
+		f := strings.Fields(before)
+		if len(f) < 5 || f[2] == but || kind != "fuse" && kind != "fuseblk" && !strings.HasPrefix(kind, "fuse.") {
+			continue
+		}
+		if strings.HasPrefix(path+"/", strings.TrimSuffix(UnescapeMountinfo(f[4]), "/")+"/") {
+			return true
+		}
+	}
+	return false
 }
 
 // UnescapeMountinfo turns \040 and its like into the characters they stand for.

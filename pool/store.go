@@ -58,6 +58,9 @@ func unmapped(path string) (string, error) {
 			continue
 		}
 		other := filepath.Join(m.point, rest)
+		if throughFUSE(string(info), other, at.device) {
+			continue
+		}
 		var st unix.Statx_t
 		err := unix.Statx(unix.AT_FDCWD, other, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_INO|unix.STATX_MNT_ID, &st)
 		if err == nil && st.Mnt_id == m.id && st.Ino == want.Ino { // else something is mounted over it

@@ -20,6 +20,7 @@ import (
 
 	"lamina/bench/rival"
 	"lamina/hostfs"
+	"lamina/pool"
 	"lamina/tests/probe"
 )
 
@@ -359,6 +360,11 @@ func Loop(t testing.TB, mib int64, mkfs []string, mountOptions string) string {
 func Main(m *testing.M) {
 	flag.Parse()
 	unix.Umask(0)
+	run, err := ownRuntimeDir()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "FAIL:", err)
+		os.Exit(1)
+	}
 	before := descriptors()
 	goroutines := runtime.NumGoroutine()
 	code := m.Run()
@@ -368,7 +374,21 @@ func Main(m *testing.M) {
 			code = 1
 		}
 	}
+	if err := os.RemoveAll(run); err != nil {
+		fmt.Fprintln(os.Stderr, "FAIL:", err)
+		code = 1
+	}
 	os.Exit(code)
+}
+
+// ownRuntimeDir keeps the servers' sockets and logs out of the machine's directory for them: what had something to say, as
+// many a server under test has, stays there.
+func ownRuntimeDir() (string, error) {
+	dir, err := os.MkdirTemp("", "run.")
+	if err != nil {
+		return "", err
+	}
+	return dir, os.Setenv(pool.RuntimeDirVariable, dir)
 }
 
 // settle waits for what the tests started to end: on a busy machine that takes a while.

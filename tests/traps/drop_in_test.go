@@ -309,7 +309,7 @@ func TestUnprivilegedMounts(t *testing.T) {
 					_, _ = rival.Run(ctx, "umount", "-l", top+"/mnt")
 				}
 			})
-			out := shell(t, "export D=%s L=%s; "+as+" sh -ec '"+script+"'", top, copied)
+			out := shell(t, "export D=%s L=%s; export LAMINA_RUNTIME_DIR=$D/run; "+as+" sh -ec '"+script+"'", top, copied)
 			if !strings.Contains(out, "changed\n") || strings.Contains(out, "below") || !strings.Contains(out, "inside") ||
 				!strings.Contains(out, fmt.Sprintf("size %d", 100*block)) {
 				t.Errorf("unexpected:\n%s", out)

@@ -72,9 +72,11 @@ func servedElsewhere(path string) (mnt string, there bool) {
 	if err != nil {
 		return "", false
 	}
-	resolved, err := filepath.EvalSymlinks(abs)
-	if err != nil {
-		resolved = abs
+	resolved := abs
+	if pool.TopDevice(abs) == "" { // else somebody else's mount is there, which may hang
+		if real, err := filepath.EvalSymlinks(abs); err == nil {
+			resolved = real
+		}
 	}
 	all, err := pool.MountsOn(resolved)
 	return resolved, err == nil && slices.ContainsFunc(all, func(s pool.Status) bool { return !s.Flushing })

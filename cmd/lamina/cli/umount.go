@@ -60,8 +60,12 @@ func resolveMount(mnt string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if pool.IsLaminaMount(abs) {
+	notOurs := fmt.Errorf("%s: %w (lamina status lists them)", mnt, errNotMounted)
+	switch {
+	case pool.IsLaminaMount(abs):
 		return abs, nil
+	case pool.TopDevice(abs) != "": // somebody else's, which may hang
+		return "", notOurs
 	}
 	resolved, err := filepath.EvalSymlinks(abs)
 	switch {
@@ -70,7 +74,7 @@ func resolveMount(mnt string) (string, error) {
 	case err != nil:
 		return "", fmt.Errorf("%s: %w", mnt, pool.Reason(err))
 	case !pool.IsLaminaMount(resolved):
-		return "", fmt.Errorf("%s: %w (lamina status lists them)", mnt, errNotMounted)
+		return "", notOurs
 	}
 	return resolved, nil
 }
