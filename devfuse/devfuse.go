@@ -12,8 +12,10 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -43,6 +45,10 @@ const (
 	MaxInit = 256
 	// idle readers wait for requests; others end.
 	idle = 2
+	// keepSpare buffers stay for the next burst of requests. Others are given back when trimAfter has passed without need of
+	// them.
+	keepSpare = 2
+	trimAfter = 10 * time.Second
 	// maxReaders bounds the threads, and so the requests that are worked on at a time. The rest waits in the kernel.
 	maxReaders = 16
 	// MaxWrite is the largest MountOptions.MaxWrite: every reader has twice that in memory that is always there.
@@ -70,6 +76,10 @@ type Conn struct {
 	wg      sync.WaitGroup
 	ended   atomic.Bool
 	spare   []buffers // under mu
+
+	// Under mu: gives back what a burst of requests has left.
+	trimmer *time.Timer // nil: there is nothing to give back
+	least   int         // spare buffers that nobody has needed since the trimmer was set
 }
 
 // buffers are for requests and answers. The kernel copies into and out of them, and if a page is not there, and the process
@@ -233,6 +243,7 @@ func (c *Conn) takeBuffers() (buffers, error) {
 	if n := len(c.spare); n > 0 {
 		b := c.spare[n-1]
 		c.spare = c.spare[:n-1]
+		c.least = min(c.least, n-1)
 		return b, nil
 	}
 	n := max(c.opt.Mount.MaxWrite, 1<<17) + room // 128 KiB: directories, and attributes of 64 KiB
@@ -249,14 +260,42 @@ func (c *Conn) putBuffers(b buffers) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.spare = append(c.spare, b)
+	if c.trimmer == nil && len(c.spare) > keepSpare {
+		c.least = len(c.spare)
+		c.trimmer = time.AfterFunc(trimAfter, c.trim)
+	}
 }
+
+// trim gives back the buffers that nobody has needed since it was last called.
+func (c *Conn) trim() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := max(0, min(c.least, len(c.spare)-keepSpare))
+	for _, b := range c.spare[:n] {
+		b.unmap()
+	}
+	c.spare = slices.Delete(c.spare, 0, n)
+	c.least = len(c.spare)
+	if len(c.spare) > keepSpare {
+		c.trimmer.Reset(trimAfter)
+	} else {
+		c.trimmer = nil
+	}
+}
+
+func (b buffers) unmap() { _ = unix.Munmap(b.in[:2*len(b.in)]) } // in and out are one mapping
 
 // Close gives the memory back. Serve has returned.
 func (c *Conn) Close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	for _, b := range c.spare {
-		_ = unix.Munmap(b.in[:2*len(b.in)]) // in and out are one mapping
+		b.unmap()
 	}
 	c.spare = nil
+	if c.trimmer != nil {
+		c.trimmer.Stop() // one that is just called finds nothing
+	}
 }
 
 // read waits for a request.
