@@ -47,15 +47,18 @@ type Part interface {
 	Name() string
 	// Start is called when the overlay is in order for the first time.
 	Start(*overlay.Overlay) error
-	// PodAdded is called before a pod's interface is up, and on start for each pod there is. A part that fails here fails the
-	// pod.
+	// PodAdded is called before a pod's interface is up, and on start for each pod there is, after Start. A part that fails
+	// here fails the pod.
 	PodAdded(control.Pod) error
-	// PodRemoved is called when a pod's interface is gone and before its address can be given to another.
+	// PodRemoved is called when a pod's interface is gone and before its address can be given to another; of the last part
+	// first.
 	PodRemoved(control.Pod) error
 	// PeersChanging surrounds a change of peers; the part calls apply once.
 	PeersChanging(added, changed, removed []peers.Lease, apply func() error) error
 	// Status is its value in a status.
 	Status() any
+	// Refresh is called after something was put right: the underlay may be another, or have another MTU.
+	Refresh() error
 	// Close is called last. What it left in the kernel keeps working.
 	Close() error
 }
@@ -325,6 +328,9 @@ func (a *Agent) repair(e overlay.Event) bool {
 	}
 	done, err := look()
 	a.problem("overlay", err)
+	for _, p := range a.cfg.Parts {
+		a.problem(p.Name(), p.Refresh())
+	}
 	now := time.Now()
 	for _, what := range done {
 		a.cfg.Logf("repaired: %s", what)
@@ -413,7 +419,7 @@ func (a *Agent) podRemoved(id string) error {
 	a.overlay.RemovePod(id)
 	delete(a.pods, id)
 	var errs []error
-	for _, part := range a.cfg.Parts {
+	for _, part := range slices.Backward(a.cfg.Parts) {
 		if err := part.PodRemoved(p); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", part.Name(), err))
 		}

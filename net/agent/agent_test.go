@@ -10,11 +10,12 @@ import (
 	"testing"
 	"time"
 
+	"lamina/cmd/lamina/cli"
 	"lamina/net/lab"
 	"lamina/net/lab/cluster"
 )
 
-func TestMain(m *testing.M) { os.Exit(cluster.Main(m)) }
+func TestMain(m *testing.M) { os.Exit(cluster.MainAs(m, cli.Main)) }
 
 func must(t testing.TB, err error) {
 	t.Helper()
@@ -428,5 +429,112 @@ func TestBadStart(t *testing.T) {
 	out, err := n.Command(cluster.Bin(t)+"/lamina", "net", "agent", "--peers", c.Peers, "--socket", running, "--state", n.State()).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "another lamina listens on it") {
 		t.Errorf("a second agent: %v %s", err, out)
+	}
+}
+
+// Established connections take the fast path, and go on when it is switched off and on, when peers come and go, and when the
+// agent is killed for longer than its heartbeat lasts.
+func TestFastPath(t *testing.T) {
+	c := cluster.New(t, 2, "--fastpath", "on")
+	n1, n2 := c.Nodes[0], c.Nodes[1]
+	p1, p2 := n1.Pod(), n2.Pod()
+	e := p2.Echo(7000)
+	var conns []*lab.Conn
+	for _, network := range []string{"tcp", "udp"} {
+		conn, err := p1.Dial(network, netip.AddrPortFrom(p2.Addr, e.Port))
+		must(t, err)
+		defer conn.Close()
+		conns = append(conns, conn)
+	}
+	exchange := func(what string, rounds int) {
+		t.Helper()
+		for range rounds {
+			for _, conn := range conns {
+				if err := conn.Exchange(1300); err != nil {
+					t.Fatalf("%s: %v", what, err)
+				}
+			}
+		}
+	}
+	hits := func(n *cluster.Node) float64 {
+		s, err := n.Status()
+		must(t, err)
+		f := s.Parts["fastpath"].(map[string]any)
+		if f["state"] != "on" {
+			t.Fatalf("fast path: %v", f["state"])
+		}
+		counters := f["counters"].(map[string]any)
+		one := func(prog string) float64 {
+			m, _ := counters[prog].(map[string]any)
+			v, _ := m["hit"].(float64)
+			return v
+		}
+		return one("egress") + one("ingress")
+	}
+	used := func(what string) {
+		t.Helper()
+		before := hits(n1) + hits(n2)
+		exchange(what, 100)
+		if got := hits(n1) + hits(n2) - before; got < 400 { // of about 800
+			t.Errorf("%s: %v packets were served", what, got)
+		}
+	}
+	exchange("learning", 20)
+	used("first")
+
+	// A host that another program's ordinary path would never see again: the peer goes and comes back.
+	c.WritePeers(c.PeerLines()[0])
+	eventually(t, "a peer that has gone", func() error {
+		s, err := n1.Status()
+		if err == nil && len(s.Peers) > 0 {
+			err = fmt.Errorf("peers %v", s.Peers)
+		}
+		return err
+	})
+	if err := conns[1].Exchange(100); err == nil {
+		t.Error("a peer that has gone still answers")
+	}
+	c.WritePeers(c.PeerLines()...)
+	eventually(t, "a peer that is back", func() error {
+		s, err := n1.Status()
+		if err == nil && len(s.Peers) != 1 {
+			err = fmt.Errorf("peers %v", s.Peers)
+		}
+		return err
+	})
+	exchange("learning again", 20)
+	used("a peer that is back")
+
+	// The MTU of the underlay.
+	for _, mtu := range []string{"1400", "1500"} {
+		for _, n := range c.Nodes {
+			n.Run("ip", "link", "set", lab.Nic, "mtu", mtu)
+		}
+		exchange("MTU "+mtu, 30)
+	}
+	used("the old MTU")
+
+	// The agent is away.
+	n1.Kill()
+	for end := time.Now().Add(4 * time.Second); time.Now().Before(end); {
+		exchange("without the agent", 5)
+	}
+	n1.Start()
+	exchange("learning after a restart", 20)
+	used("after a restart")
+
+	// Switched off, and on.
+	for _, mode := range []string{"off", "on"} {
+		n1.Kill()
+		n1.Args = []string{"--fastpath", mode}
+		n1.Start()
+		exchange(mode, 50)
+	}
+	used("switched on again")
+
+	// A pod whose address another one gets.
+	must(t, p2.Del())
+	if err := conns[1].Exchange(100); err == nil {
+		t.Error("a pod that is deleted still answers")
 	}
 }

@@ -12,12 +12,13 @@ import (
 	"testing"
 	"time"
 
+	"lamina/cmd/lamina/cli"
 	"lamina/net/control"
 	"lamina/net/ipam"
 	"lamina/net/lab/cluster"
 )
 
-func TestMain(m *testing.M) { os.Exit(cluster.Main(m)) }
+func TestMain(m *testing.M) { os.Exit(cluster.MainAs(m, cli.Main)) }
 
 func must(t testing.TB, err error) {
 	t.Helper()

@@ -15,6 +15,7 @@ import (
 
 	"lamina/net/agent"
 	"lamina/net/control"
+	"lamina/net/fastpath"
 	"lamina/net/ipam"
 	"lamina/net/overlay"
 	"lamina/net/peers"
@@ -47,6 +48,7 @@ type netAgent struct {
 	device                                        string
 	vni, port, mtu                                int
 	holdDown                                      time.Duration
+	fastpath, pins                                string
 }
 
 func netAgentCommand() *cobra.Command {
@@ -83,6 +85,8 @@ The configuration file is TOML whose keys are the names of the flags; what is on
 	fs.IntVar(&a.port, "port", overlay.Port, "the UDP port of VXLAN, the same on all nodes")
 	fs.IntVar(&a.mtu, "mtu", 0, "MTU of pods in bytes; 0: that of the underlay less 50")
 	fs.DurationVar(&a.holdDown, "hold-down", ipam.HoldDown, "how long the address of a deleted pod is given to no other")
+	fs.StringVar(&a.fastpath, "fastpath", "auto", "let established connections bypass the ordinary path: auto, where the kernel can; on, or do not start; off")
+	fs.StringVar(&a.pins, "pins", fastpath.Pins, "where the fast path's maps and links are pinned: a directory in a bpffs, which is mounted above it if nobody has")
 	fs.StringVar(&a.socket, "socket", control.Socket, "the unix socket for lamina-cni and lamina net status")
 	fs.StringVar(&a.state, "state", control.StateDir, "the directory for what must survive a reboot")
 	return cmd
@@ -158,6 +162,11 @@ func (a *netAgent) agentConfig() (c agent.Config, err error) {
 	if a.holdDown == 0 {
 		c.HoldDown = -1
 	}
+	fast, err := a.fastPath(c.Logf)
+	if err != nil {
+		return c, err
+	}
+	c.Parts = append(c.Parts, fast) // last: it remembers what the others decide
 	if a.nodeIP != "" {
 		if c.Overlay.Self.Node, err = netip.ParseAddr(a.nodeIP); err != nil {
 			return c, fmt.Errorf("--node-ip: %q is not an address", a.nodeIP)
@@ -169,6 +178,15 @@ func (a *netAgent) agentConfig() (c agent.Config, err error) {
 		}
 	}
 	return c, nil
+}
+
+func (a *netAgent) fastPath(logf func(string, ...any)) (*fastpath.Part, error) {
+	mode, known := map[string]fastpath.Mode{"auto": fastpath.Auto, "on": fastpath.On, "off": fastpath.Off}[a.fastpath]
+	if !known {
+		return nil, fmt.Errorf("--fastpath=%s: use auto, on or off", a.fastpath)
+	}
+	pins, err := filepath.Abs(a.pins)
+	return fastpath.NewPart(fastpath.PartOptions{Pins: pins, Mode: mode, Logf: logf}), err
 }
 
 func netStatusCommand() *cobra.Command {
@@ -219,6 +237,9 @@ func printNet(w io.Writer, s *control.Status) error {
 		last := s.Repaired[n-1]
 		row("last repair", "%s, %s ago", last.What, time.Since(last.Time).Round(time.Second))
 	}
+	if f, ok := s.Parts["fastpath"].(map[string]any); ok {
+		row("fast path", "%v, hits: %.1f%% of packets to other nodes, %.1f%% of those from them", f["state"], percent(f["egress_ratio"]), percent(f["ingress_ratio"]))
+	}
 	for _, p := range s.Problems {
 		row("PROBLEM", "%s", strings.Join(strings.Fields(p), " "))
 	}
@@ -226,6 +247,11 @@ func printNet(w io.Writer, s *control.Status) error {
 		return err
 	}
 	return printPeers(w, s.Peers)
+}
+
+func percent(ratio any) float64 {
+	f, _ := ratio.(float64)
+	return 100 * f
 }
 
 func printPeers(w io.Writer, all []control.Peer) error {

@@ -16,17 +16,18 @@ import (
 	"testing"
 	"time"
 
-	"lamina/cmd/lamina/cli"
 	"lamina/net/control"
 	"lamina/net/ipam"
 	"lamina/net/lab"
 
+	"golang.org/x/sys/unix"
+
 	current "github.com/containernetworking/cni/pkg/types/100"
 )
 
-// Programs that tests run, as packages of this module or of its tools. lamina itself is the test program under another name:
-// linking it takes longest.
+// Programs that tests run, as packages of this module or of its tools.
 const (
+	Lamina  = "lamina/cmd/lamina"
 	Plugin  = "lamina/cmd/lamina-cni"
 	Cnitool = "github.com/containernetworking/cni/cnitool"
 	Portmap = "github.com/containernetworking/plugins/plugins/meta/portmap"
@@ -37,23 +38,37 @@ var build = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	cmd := exec.Command("go", "build", "-o", dir, Plugin, Cnitool, Portmap)
+	packages := []string{Plugin, Cnitool, Portmap}
+	if lamina == nil {
+		packages = append(packages, Lamina)
+	}
+	cmd := exec.Command("go", append([]string{"build", "-o", dir}, packages...)...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return dir, fmt.Errorf("building programs: %w\n%s", err, out)
 	}
 	exe, err := os.Executable()
-	if err != nil {
+	if err != nil || lamina == nil {
 		return dir, err
 	}
 	return dir, os.Symlink(exe, filepath.Join(dir, "lamina"))
 })
 
-// Main is lab.Main; it also removes the programs that were built, and is lamina when it is run under that name.
-func Main(m *testing.M) int {
+// lamina is the program if the test program is also lamina.
+var lamina func(argv []string) int
+
+// MainAs is Main for a test program that is also lamina, whose main function it gets: linking lamina takes longer than all
+// the rest.
+func MainAs(m *testing.M, main func(argv []string) int) int {
 	if filepath.Base(os.Args[0]) == "lamina" {
-		return cli.Main(os.Args)
+		return main(os.Args)
 	}
+	lamina = main
+	return Main(m)
+}
+
+// Main is lab.Main; it also removes the programs that were built.
+func Main(m *testing.M) int {
 	code := lab.Main(m)
 	if dir, _ := build(); dir != "" {
 		_ = os.RemoveAll(dir)
@@ -106,7 +121,10 @@ func New(t testing.TB, n int, args ...string) *Cluster {
 		c.Nodes = append(c.Nodes, node)
 		node.Configure("1.1.0")
 		node.Start()
-		t.Cleanup(func() { node.stop(t.Failed()) })
+		t.Cleanup(func() { // last come, first served
+			node.stop(t.Failed())
+			_ = unix.Unmount(filepath.Join(node.Dir, "bpf"), unix.MNT_DETACH)
+		})
 	}
 	return c
 }
@@ -158,7 +176,7 @@ func (n *Node) Start() {
 
 // Launch starts the agent; the error has what it said if it ends instead of getting ready.
 func (n *Node) Launch() error {
-	args := append([]string{"net", "agent", "--peers", n.c.Peers, "--socket", n.Socket(), "--state", n.State()}, n.Args...)
+	args := append([]string{"net", "agent", "--peers", n.c.Peers, "--socket", n.Socket(), "--state", n.State(), "--pins", filepath.Join(n.Dir, "bpf", "lamina")}, n.Args...)
 	n.agent = n.Command(filepath.Join(Bin(n.c.t), "lamina"), args...)
 	n.log = &bytes.Buffer{}
 	n.agent.Stderr = n.log
