@@ -170,6 +170,15 @@ func (c *Conn) Exchange(most int) error {
 	return err
 }
 
+// Answered says whether a datagram is answered within a moment: for ends that should not.
+func (c *Conn) Answered() bool {
+	const moment = 300 * time.Millisecond
+	_, _ = c.Write([]byte("?")) // a refused one before this was an answer too, and has been read
+	_ = c.SetReadDeadline(time.Now().Add(moment))
+	_, err := c.Read(make([]byte, 64<<10))
+	return err == nil
+}
+
 func (c *Conn) exchangeUDP(sent []byte) (err error) {
 	b := make([]byte, 64<<10)
 	for range 5 {
