@@ -8,8 +8,8 @@ import (
 
 	"lamina/net/control"
 	"lamina/net/ipam"
-	"lamina/net/overlay"
 	"lamina/net/peers"
+	"lamina/net/podlink"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -153,11 +153,11 @@ func (w *wire) connect() error {
 	if err := w.onHost.LinkSetUp(l); err != nil {
 		return fmt.Errorf("interface %s: %w", w.host, err)
 	}
-	neigh := overlay.PodNeigh(control.Pod{Lease: w.lease, MAC: w.mac}, w.index)
+	neigh := podlink.Neigh(control.Pod{Lease: w.lease, MAC: w.mac}, w.index)
 	if err := w.onHost.NeighSet(&neigh); err != nil {
 		return fmt.Errorf("ARP entry %s: %w", w.lease.Address, err)
 	}
-	route := overlay.PodRoute(w.lease.Address, w.node.Lease.Node, w.index)
+	route := podlink.Route(w.lease.Address, w.node.Lease.Node, w.index)
 	if err := w.onHost.RouteReplace(&route); err != nil {
 		return fmt.Errorf("route to %s: %w", w.lease.Address, err)
 	}
@@ -213,7 +213,7 @@ func (w *wire) checkPod(pod netlink.Link) error {
 }
 
 func (w *wire) checkHost(index int) error {
-	want := overlay.PodRoute(w.lease.Address, w.node.Lease.Node, index)
+	want := podlink.Route(w.lease.Address, w.node.Lease.Node, index)
 	routes, err := w.onHost.RouteListFiltered(netlink.FAMILY_V4, &want, netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF)
 	if err != nil {
 		return err

@@ -24,6 +24,7 @@ import (
 
 	"lamina/net/control"
 	"lamina/net/peers"
+	"lamina/net/podlink"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -43,8 +44,7 @@ const Overhead = 50
 // minMTU is the least that IPv4 wants, in bytes.
 const minMTU = 576
 
-// protocol marks our routes (rtm_protocol; `ip route` shows "proto 108").
-const protocol netlink.RouteProtocol = 108
+const protocol = podlink.Protocol
 
 // alias marks our device.
 const alias = "lamina: VXLAN device of lamina net agent"

@@ -5,8 +5,8 @@ import (
 	"net"
 	"net/netip"
 
-	"lamina/net/control"
 	"lamina/net/peers"
+	"lamina/net/podlink"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -134,11 +134,11 @@ func (o *Overlay) reconcilePods(c *changes) error {
 			have.routes[p.Address] = 0 // they go with it
 		}
 		if have.routes[p.Address] != link.Attrs().Index {
-			r := PodRoute(p.Address, o.cfg.Self.Node, link.Attrs().Index)
+			r := podlink.Route(p.Address, o.cfg.Self.Node, link.Attrs().Index)
 			c.did(func() error { return o.nl.RouteReplace(&r) }, "route to pod %s", name)
 		}
 		if have.neighs[p.Address] != p.MAC.String() {
-			n := PodNeigh(p, link.Attrs().Index)
+			n := podlink.Neigh(p, link.Attrs().Index)
 			c.did(func() error { return o.nl.NeighSet(&n) }, "ARP entry of pod %s", name)
 		}
 	}
@@ -180,20 +180,6 @@ func (o *Overlay) podState() (s podState, err error) {
 		}
 	}
 	return s, nil
-}
-
-// PodRoute is the host's route to a pod. The host speaks to its own pods from its underlay address.
-func PodRoute(pod, node netip.Addr, index int) netlink.Route {
-	return netlink.Route{
-		Dst: hostNet(pod), LinkIndex: index, Scope: netlink.SCOPE_LINK, Src: node.AsSlice(), Protocol: protocol, Table: unix.RT_TABLE_MAIN, Type: unix.RTN_UNICAST,
-	}
-}
-
-// PodNeigh is the host's ARP entry of a pod.
-func PodNeigh(p control.Pod, index int) netlink.Neigh {
-	return netlink.Neigh{
-		LinkIndex: index, Family: netlink.FAMILY_V4, State: netlink.NUD_PERMANENT, IP: p.Address.AsSlice(), HardwareAddr: p.MAC.Hardware(),
-	}
 }
 
 // PeerState says what is missing of a peer's entries; "ok" if nothing is.
