@@ -1,6 +1,8 @@
 package agent_test
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -11,6 +13,7 @@ import (
 	"time"
 
 	"lamina/cmd/lamina/cli"
+	"lamina/net/control"
 	"lamina/net/lab"
 	"lamina/net/lab/cluster"
 )
@@ -537,4 +540,50 @@ func TestFastPath(t *testing.T) {
 	if conns[1].Answered() {
 		t.Error("a pod that is deleted still answers")
 	}
+}
+
+// lamina net status says what there is and what is wrong, to people and to programs.
+func TestStatus(t *testing.T) {
+	c := cluster.New(t, 2)
+	n := c.Nodes[0]
+	p := n.Pod()
+	status := func(want int, args ...string) string {
+		t.Helper()
+		cmd := n.Command(cluster.Bin(t)+"/lamina", append([]string{"net", "status", "--socket", n.Socket()}, args...)...)
+		out, _ := cmd.Output()
+		if code := cmd.ProcessState.ExitCode(); code != want {
+			t.Errorf("lamina net status %v: exit status %d, not %d: %s", args, code, want, out)
+		}
+		return string(out)
+	}
+	for _, want := range []string{"192.168.77.1 on phys0 (MTU 1500)", "1 in 10.99.1.0/24, gateway 10.99.1.1, MTU 1450", "1 of 253 leased", "lamina0, VNI 1, port 4789",
+		c.Peers, "192.168.77.2  10.99.2.0/24  0e:6c:c0:a8:4d:02  ok"} {
+		if out := status(0); !strings.Contains(out, want) {
+			t.Errorf("%q is not in:\n%s", want, out)
+		}
+	}
+	var s control.Status
+	must(t, json.Unmarshal([]byte(status(0, "--json")), &s))
+	if s.Pods != 1 || len(s.Peers) != 1 || s.Peers[0].State != "ok" || s.Node.MTU != 1450 || len(s.Problems) != 0 || s.Addresses.Leased != 1 {
+		t.Errorf("%+v", s)
+	}
+
+	// A damaged lease is a problem, and nobody's but its pod's.
+	leases, err := n.Pool().List()
+	must(t, err)
+	file := filepath.Join(n.Pool().Dir, p.Addr.String()+"."+leases[0].ID)
+	must(t, os.WriteFile(file, []byte("{"), 0o600))
+	n.Kill()
+	n.Start()
+	if out := status(1); !strings.Contains(out, "PROBLEM") || !strings.Contains(out, file) {
+		t.Errorf("a damaged lease: %s", out)
+	}
+	talks(t, n.Pod().Node, p.Addr, p.Echo(7000), netip.MustParseAddr("10.99.1.3"))
+	n.Run("ip", "route", "del", p.Addr.String())
+	eventually(t, "the route of a pod with a damaged lease", func() error {
+		if n.Run("ip", "route", "show", p.Addr.String()) == "" {
+			return errors.New("is missing")
+		}
+		return nil
+	})
 }

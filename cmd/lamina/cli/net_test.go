@@ -1,0 +1,38 @@
+package cli
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// A configuration file stands for flags; what is wrong in it is named with its place.
+func TestNetAgentConfig(t *testing.T) {
+	l := newLayers(t)
+	config := filepath.Join(l.dir, "net.toml")
+	agent := func(toml string, args []string, want ...string) {
+		t.Helper()
+		must(t, os.WriteFile(config, []byte(toml), 0o600))
+		l.fails(append([]string{"net", "agent", "--config", config, "--socket", l.path("agent.sock")}, args...), want...)
+	}
+	agent("peers = \"/nonexistent/peers\"\n", nil, "/nonexistent/peers", "no such file")
+	agent("peers = \"/nonexistent/peers\"\n", []string{"--peers", "/elsewhere/peers"}, "/elsewhere/peers") // the command line wins
+	agent("vni = \"x\"\n", nil, config, "vni")
+	agent("colour = 7\n", nil, config, `"colour"`, "not the name of a flag")
+	agent("config = \"x\"\n", nil, config, `"config"`)
+	agent("= 1\n", nil, config)
+	agent("", nil, "--peers is missing")
+	agent("peers = \"/x\"\nfastpath = \"maybe\"\n", nil, "--fastpath=maybe", "auto, on or off")
+	if _, err := os.Stat(l.path("agent.sock")); err == nil {
+		t.Error("a socket is left")
+	}
+}
+
+func TestNetStatusWithoutAgent(t *testing.T) {
+	l := newLayers(t)
+	r := l.run("net", "status", "--socket", l.path("agent.sock"))
+	if r.code != 2 || !strings.Contains(r.err, l.path("agent.sock")) || !strings.Contains(r.err, "start it") || strings.Count(r.err, "\n") != 1 {
+		t.Errorf("%d %q", r.code, r.err)
+	}
+}
