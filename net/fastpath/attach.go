@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -141,7 +142,7 @@ func removePins(pins string) error {
 			return err
 		}
 	}
-	for _, name := range []string{bpfMapControl, bpfMapCounters, bpfMapFilters, bpfMapNodes, bpfMapPods, bpfMapPrefixes} {
+	for _, name := range []string{bpfMapControl, bpfMapCounters, bpfMapFilters, bpfMapLocals, bpfMapNodes, bpfMapPods, bpfMapPrefixes} {
 		if err := os.Remove(filepath.Join(pins, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
@@ -238,23 +239,47 @@ func (p *Path) attached(pod Pod) bool {
 	return true
 }
 
-func (p *Path) getPod(a netip.Addr) (bpfPod, bool) {
-	var rec bpfPod
-	err := p.obj.Pods.Lookup(toAddr(a), &rec)
-	return rec, err == nil
+func (p *Path) getPod(a netip.Addr) (rec bpfPod, ok bool) {
+	var slot uint32
+	if p.obj.Pods.Lookup(toAddr(a), &slot) != nil {
+		return rec, false
+	}
+	return rec, p.obj.Locals.Lookup(slot, &rec) == nil
 }
 
 func (p *Path) putPod(a netip.Addr, pod Pod, since uint32) error {
-	rec := bpfPod{Ifindex: uint32(pod.Index), Since: since}
+	rec := bpfPod{Addr: toAddr(a), Ifindex: uint32(pod.Index), Since: since}
 	copy(rec.Mac[:], pod.MAC)
 	copy(rec.Gateway[:], pod.Gateway)
-	return p.storePod(a, rec)
+	if slices.Contains(p.locals.who, a) {
+		return p.storePod(rec)
+	}
+	slot, err := p.locals.take(a, p.drain)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(p.storePod(rec), p.obj.Pods.Update(rec.Addr, uint32(slot), ebpf.UpdateAny)); err != nil {
+		p.locals.free(slot)
+		return err
+	}
+	return nil
 }
 
-func (p *Path) storePod(a netip.Addr, rec bpfPod) error {
-	key := toAddr(a)
-	rec.Tag = podTag(&rec, key, p.control.Secret)
-	return p.obj.Pods.Update(key, rec, ebpf.UpdateAny)
+// storePod writes the record of a pod that has a slot.
+func (p *Path) storePod(rec bpfPod) error {
+	rec.Tag = podTag(&rec, p.control.Secret)
+	return p.obj.Locals.Update(uint32(slices.Index(p.locals.who, fromAddr(rec.Addr))), rec, ebpf.UpdateAny)
+}
+
+// readPods finds the pods that are in the maps.
+func (p *Path) readPods() error {
+	var key bpfAddr
+	var slot uint32
+	it := p.obj.Pods.Iterate()
+	for it.Next(&key, &slot) {
+		p.locals.put(int(slot), fromAddr(key))
+	}
+	return it.Err()
 }
 
 // DetachPod stops serving a pod. Its interface may be gone already. Addresses that are unknown are no error. When it returns,
@@ -274,9 +299,9 @@ func (p *Path) detachPod(addrs []netip.Addr) error {
 		if !ok {
 			continue
 		}
-		if err := p.obj.Pods.Delete(toAddr(a)); err != nil {
-			errs = append(errs, err)
-		}
+		slot := slices.Index(p.locals.who, a)
+		errs = append(errs, p.obj.Pods.Delete(toAddr(a)), p.obj.Locals.Update(uint32(slot), bpfPod{}, ebpf.UpdateAny))
+		p.locals.free(slot)
 		for _, prog := range []Program{Egress, IngressLearn} {
 			errs = append(errs, detach(p.pinName(prog, int(rec.Ifindex))))
 		}
@@ -286,18 +311,24 @@ func (p *Path) detachPod(addrs []netip.Addr) error {
 
 // Pods lists the addresses that are served and the index of their interfaces.
 func (p *Path) Pods() map[netip.Addr]int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.podIndexes()
+}
+
+func (p *Path) podIndexes() map[netip.Addr]int {
 	pods := map[netip.Addr]int{}
-	var key bpfAddr
-	var rec bpfPod
-	for it := p.obj.Pods.Iterate(); it.Next(&key, &rec); {
-		pods[fromAddr(key)] = int(rec.Ifindex)
+	for _, a := range p.locals.who {
+		if rec, ok := p.getPod(a); a.IsValid() && ok {
+			pods[a] = int(rec.Ifindex)
+		}
 	}
 	return pods
 }
 
 // dropDeadPods removes pods whose interface has gone while nobody looked.
 func (p *Path) dropDeadPods() error {
-	for a, index := range p.Pods() {
+	for a, index := range p.podIndexes() {
 		_, err := p.nl.LinkByIndex(index)
 		if !errors.As(err, &netlink.LinkNotFoundError{}) {
 			continue

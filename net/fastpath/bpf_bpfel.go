@@ -85,6 +85,7 @@ type bpfNode struct {
 
 type bpfPod struct {
 	_       structs.HostLayout
+	Addr    bpfAddr
 	Ifindex uint32
 	Since   uint32
 	Mac     [6]uint8
@@ -106,6 +107,7 @@ const (
 	bpfMapControl       = "control"
 	bpfMapCounters      = "counters"
 	bpfMapFilters       = "filters"
+	bpfMapLocals        = "locals"
 	bpfMapNodes         = "nodes"
 	bpfMapPods          = "pods"
 	bpfMapPrefixes      = "prefixes"
@@ -170,6 +172,7 @@ type bpfMapSpecs struct {
 	Control  *ebpf.MapSpec `ebpf:"control"`
 	Counters *ebpf.MapSpec `ebpf:"counters"`
 	Filters  *ebpf.MapSpec `ebpf:"filters"`
+	Locals   *ebpf.MapSpec `ebpf:"locals"`
 	Nodes    *ebpf.MapSpec `ebpf:"nodes"`
 	Pods     *ebpf.MapSpec `ebpf:"pods"`
 	Prefixes *ebpf.MapSpec `ebpf:"prefixes"`
@@ -204,6 +207,7 @@ type bpfMaps struct {
 	Control  *ebpf.Map `ebpf:"control"`
 	Counters *ebpf.Map `ebpf:"counters"`
 	Filters  *ebpf.Map `ebpf:"filters"`
+	Locals   *ebpf.Map `ebpf:"locals"`
 	Nodes    *ebpf.Map `ebpf:"nodes"`
 	Pods     *ebpf.Map `ebpf:"pods"`
 	Prefixes *ebpf.Map `ebpf:"prefixes"`
@@ -214,6 +218,7 @@ func (m *bpfMaps) Close() error {
 		m.Control,
 		m.Counters,
 		m.Filters,
+		m.Locals,
 		m.Nodes,
 		m.Pods,
 		m.Prefixes,

@@ -66,7 +66,7 @@ func (p *Path) void(c Change) error {
 			continue
 		}
 		rec.Since = p.next()
-		errs = append(errs, p.storePod(a, rec))
+		errs = append(errs, p.storePod(rec))
 	}
 	return errors.Join(errs...)
 }
@@ -132,9 +132,12 @@ func (p *Path) SetNode(addr netip.Addr, prefixes ...netip.Prefix) error {
 	defer p.begin()()
 	p.flush()
 	if old == nil {
-		slot, err := p.takeSlot(addr)
+		slot, err := p.slots.take(addr, p.drain)
 		if err != nil {
-			return err
+			return fmt.Errorf("fast path: nodes: %w", err)
+		}
+		if err := p.obj.Nodes.Update(uint32(slot), bpfNode{Addr: toAddr(addr)}, ebpf.UpdateAny); err != nil {
+			return fmt.Errorf("fast path: node %s: %w", addr, err)
 		}
 		old = &node{slot: slot}
 		p.nodes[addr] = old
@@ -152,24 +155,6 @@ func (p *Path) SetNode(addr netip.Addr, prefixes ...netip.Prefix) error {
 	return errors.Join(errs...)
 }
 
-// takeSlot gives a node its slot. One that another node had may be in the hands of a program that still runs.
-func (p *Path) takeSlot(addr netip.Addr) (int, error) {
-	slot := slices.Index(p.slots, netip.Addr{})
-	if slot < 0 {
-		return 0, fmt.Errorf("fast path: there is no room for node %s: more than %d", addr, len(p.slots))
-	}
-	if p.used[slot] {
-		if err := p.drain(); err != nil {
-			return 0, err
-		}
-	}
-	if err := p.obj.Nodes.Update(uint32(slot), bpfNode{Addr: toAddr(addr)}, ebpf.UpdateAny); err != nil {
-		return 0, err
-	}
-	p.slots[slot], p.used[slot] = addr, true
-	return slot, nil
-}
-
 // RemoveNode forgets a node. One that is not known is no error.
 func (p *Path) RemoveNode(addr netip.Addr) error {
 	p.mu.Lock()
@@ -185,7 +170,7 @@ func (p *Path) RemoveNode(addr netip.Addr) error {
 		errs = append(errs, p.obj.Prefixes.Delete(toPrefix(pre)))
 	}
 	errs = append(errs, p.obj.Nodes.Update(uint32(n.slot), bpfNode{}, ebpf.UpdateAny))
-	p.slots[n.slot] = netip.Addr{}
+	p.slots.free(n.slot)
 	delete(p.nodes, addr)
 	return errors.Join(append(errs, p.drain())...)
 }
@@ -216,7 +201,7 @@ func (p *Path) readNodes() error {
 		if n == nil {
 			n = &node{slot: int(slot)}
 			p.nodes[addr] = n
-			p.slots[slot], p.used[int(slot)] = addr, true
+			p.slots.put(int(slot), addr)
 		}
 		n.prefixes = append(n.prefixes, fromPrefix(key))
 	}
@@ -232,5 +217,5 @@ func (p *Path) nodeOf(a netip.Addr) netip.Addr {
 	if p.obj.Prefixes.Lookup(toPrefix(netip.PrefixFrom(a, a.BitLen())), &slot) != nil {
 		return netip.Addr{}
 	}
-	return p.slots[slot]
+	return p.slots.who[slot]
 }

@@ -17,13 +17,14 @@
 //
 //	control   array        what the agent tells the programs
 //	filters   LRU hash     flow -> a verdict for each direction: node, outer source port, generation, time
-//	pods      hash         address of a local pod -> interface, MACs, generation since which verdicts are valid
+//	pods      hash         address of a local pod -> slot
+//	locals    array        slot -> pod's address, interface, MACs, generation since which verdicts are valid
 //	prefixes  LPM trie     prefix of a node's pods -> slot
 //	nodes     array        slot -> node's address and learned 64-byte header
 //	counters  per-CPU      program and reason -> packets
 //
 // Only flows are in an LRU: how many there are is up to the pods. What the agent puts in, pods and nodes, is of a known
-// number and is never evicted. A verdict names its node, so that a hit takes three hash look-ups and no prefix match.
+// number and is never evicted. Verdicts name the slots of node and pod, so that a hit takes one hash look-up.
 //
 // # Never wrong
 //

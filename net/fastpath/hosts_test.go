@@ -42,11 +42,18 @@ func (h *host) podAddr(i int) netip.Addr {
 // newHosts makes two hosts on one wire. With change the options of both are changed first.
 func newHosts(t testing.TB, change func(*Options)) (a, b *host) {
 	t.Helper()
-	return wire(t, change, false)
+	return wire(t, change, bothPaths)
 }
 
-// wire makes two hosts, with the ordinary path only or with both.
-func wire(t testing.TB, change func(*Options), ordinaryOnly bool) (a, b *host) {
+// What hosts have.
+const (
+	nothing = iota
+	ordinaryPath
+	bothPaths
+)
+
+// wire makes two hosts on one wire.
+func wire(t testing.TB, change func(*Options), with int) (a, b *host) {
 	t.Helper()
 	tcx.Need(t)
 	if change == nil {
@@ -69,8 +76,10 @@ func wire(t testing.TB, change func(*Options), ordinaryOnly bool) (a, b *host) {
 	})
 	run(t, b.h, "ip link set physB name phys")
 	for i, h := range hosts {
-		h.ordinary(hosts[1-i])
-		if ordinaryOnly {
+		if with >= ordinaryPath {
+			h.ordinary(hosts[1-i])
+		}
+		if with < bothPaths {
 			continue
 		}
 		h.open()

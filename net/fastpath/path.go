@@ -77,8 +77,8 @@ func (o Options) check() (Options, error) {
 		return o, fmt.Errorf("fast path: %q is not the MAC of a VXLAN device", o.MAC)
 	case o.VNI >= 1<<24:
 		return o, fmt.Errorf("fast path: VNI %d does not fit into 24 bits", o.VNI)
-	case o.Nodes > 1<<16:
-		return o, fmt.Errorf("fast path: %d nodes are more than %d", o.Nodes, 1<<16)
+	case o.Nodes > 1<<16 || o.Pods > 1<<16:
+		return o, fmt.Errorf("fast path: %d nodes or %d pods are more than %d", o.Nodes, o.Pods, 1<<16)
 	case o.Pins == "":
 		return o, errors.New("fast path: no directory for pins")
 	}
@@ -97,14 +97,49 @@ type Path struct {
 
 	mu          sync.Mutex
 	nodes       map[netip.Addr]*node
-	slots       []netip.Addr // by slot; the zero address: free
-	used        map[int]bool // slots that once had a node
+	slots       slots // of nodes
+	locals      slots // of pods
 	interrupted bool
 }
 
 type node struct {
 	slot     int
 	prefixes []netip.Prefix
+}
+
+// slots are places in an array map.
+type slots struct {
+	who  []netip.Addr // by slot; the zero address: free
+	used []bool       // once had somebody
+}
+
+func newSlots(n int) slots { return slots{make([]netip.Addr, n), make([]bool, n)} }
+
+func (s *slots) put(slot int, a netip.Addr) { s.who[slot], s.used[slot] = a, true }
+
+func (s *slots) free(slot int) { s.who[slot] = netip.Addr{} }
+
+// take finds a slot that is free. One that another had may be in the hands of a program that still runs: drain waits.
+func (s *slots) take(a netip.Addr, drain func() error) (int, error) {
+	best := -1
+	for i, who := range s.who {
+		if !who.IsValid() && (best < 0 || !s.used[i]) {
+			best = i
+			if !s.used[i] {
+				break
+			}
+		}
+	}
+	if best < 0 {
+		return 0, fmt.Errorf("no room for %s: more than %d", a, len(s.who))
+	}
+	if s.used[best] {
+		if err := drain(); err != nil {
+			return 0, err
+		}
+	}
+	s.put(best, a)
+	return best, nil
 }
 
 // Open loads the programs, and takes over what an earlier process left pinned: attached programs are replaced by these, one
@@ -126,7 +161,7 @@ func Open(o Options) (*Path, error) {
 	if err := os.MkdirAll(filepath.Join(o.Pins, "links"), 0o700); err != nil {
 		return nil, fmt.Errorf("fast path: %w", err)
 	}
-	p := &Path{o: o, nodes: map[netip.Addr]*node{}, slots: make([]netip.Addr, o.Nodes), used: map[int]bool{}}
+	p := &Path{o: o, nodes: map[netip.Addr]*node{}, slots: newSlots(o.Nodes), locals: newSlots(o.Pods)}
 	if p.nl, err = netlink.NewHandleAt(o.NS, unix.NETLINK_ROUTE, unix.NETLINK_NETFILTER); err != nil {
 		return nil, fmt.Errorf("fast path: netlink: %w", err)
 	}
@@ -158,7 +193,7 @@ func (p *Path) open() error {
 	if err := p.makeDrain(); err != nil {
 		return err
 	}
-	if err := p.readNodes(); err != nil {
+	if err := errors.Join(p.readNodes(), p.readPods()); err != nil {
 		return err
 	}
 	if err := setConntrack(); err != nil {
@@ -224,7 +259,7 @@ func (p *Path) load() error {
 	if err != nil {
 		return err
 	}
-	for name, n := range map[string]int{bpfMapFilters: p.o.Flows, bpfMapPods: p.o.Pods, bpfMapPrefixes: p.o.Nodes * 2, bpfMapNodes: p.o.Nodes} {
+	for name, n := range map[string]int{bpfMapFilters: p.o.Flows, bpfMapPods: p.o.Pods, bpfMapLocals: p.o.Pods, bpfMapPrefixes: p.o.Nodes * 2, bpfMapNodes: p.o.Nodes} {
 		spec.Maps[name].MaxEntries = uint32(n)
 	}
 	if err := spec.LoadAndAssign(&p.obj, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: p.o.Pins}}); err != nil {

@@ -220,7 +220,7 @@ func (s *single) state() *state {
 		f.outStale, f.inStale = monotonic()-f.out.At >= lease, monotonic()-f.in.At >= lease
 		st.flows[key] = f
 	}
-	for n, a := range s.slots {
+	for n, a := range s.slots.who {
 		if !a.IsValid() {
 			continue
 		}

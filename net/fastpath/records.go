@@ -9,7 +9,7 @@ import (
 )
 
 // abi is ABI of bpf/fastpath.h.
-const abi = 1
+const abi = 2
 
 // Marks, as in bpf/fastpath.h.
 const (
@@ -168,9 +168,7 @@ func mix(words []byte, sum uint64) uint64 {
 
 func bytesOf[T any](v *T) []byte { return unsafe.Slice((*byte)(unsafe.Pointer(v)), unsafe.Sizeof(*v)) }
 
-func podTag(p *bpfPod, a bpfAddr, secret uint64) uint64 {
-	return mix(append(append([]byte{}, bytesOf(p)[:24]...), bytesOf(&a)...), secret)
-}
+func podTag(p *bpfPod, secret uint64) uint64 { return mix(bytesOf(p)[:40], secret) }
 
 func flowKey(f *bpfFlow, secret uint64) uint64 { return mix(bytesOf(f), secret) }
 

@@ -30,9 +30,17 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 1); // Options.Pods
 	__type(key, struct addr);
-	__type(value, struct pod);
+	__type(value, __u32); // slot in locals
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } pods SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1); // Options.Pods
+	__type(key, __u32);
+	__type(value, struct pod);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} locals SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
@@ -80,13 +88,17 @@ struct packet {
 	bool syn, ack, ends;
 };
 
-static __always_inline int counted(enum program program, enum reason reason)
+static __always_inline __u64 count(enum program program, enum reason reason)
 {
 	__u32 i = program * REASONS + reason;
 	__u64 *n = bpf_map_lookup_elem(&counters, &i);
 
-	if (n)
-		(*n)++;
+	return n ? ++*n : 0;
+}
+
+static __always_inline int counted(enum program program, enum reason reason)
+{
+	count(program, reason);
 	return TCX_NEXT;
 }
 
@@ -132,13 +144,9 @@ static __always_inline __u64 verdict_tag(const struct verdict *v, __u64 key)
 	return mix(words, 2, key);
 }
 
-static __always_inline __u64 pod_tag(const struct pod *p, const struct addr *a, __u64 secret)
+static __always_inline __u64 pod_tag(const struct pod *p, __u64 secret)
 {
-	__u64 words[5];
-
-	__builtin_memcpy(words, p, 24);
-	__builtin_memcpy(words + 3, a, 16);
-	return mix(words, 5, secret);
+	return mix((const __u64 *)p, 5, secret);
 }
 
 static __always_inline __u64 header_tag(const struct header *h, __u64 secret)
@@ -227,15 +235,26 @@ static __always_inline enum reason parse(struct packet *p, void *ip, void *end, 
 	return HIT;
 }
 
-// find_pod copies the record of a local pod.
-static __always_inline bool find_pod(struct pod *copy, const struct addr *a, __u64 secret)
+// pod_at copies the record in a slot if it is that of the address.
+static __always_inline bool pod_at(struct pod *copy, __u32 slot, const struct addr *a, __u64 secret)
 {
-	struct pod *p = bpf_map_lookup_elem(&pods, a);
+	struct pod *p = bpf_map_lookup_elem(&locals, &slot);
 
 	if (!p)
 		return false;
 	*copy = *p;
-	return pod_tag(copy, a, secret) == copy->tag;
+	return same_addr(&copy->addr, a) && pod_tag(copy, secret) == copy->tag;
+}
+
+// find_pod copies the record of a local pod. A flow that is known knows the slot.
+static __always_inline bool find_pod(struct pod *copy, const struct filter *f, const struct addr *a, __u64 secret)
+{
+	__u32 *slot;
+
+	if (f && pod_at(copy, f->in.port, a, secret))
+		return true;
+	slot = bpf_map_lookup_elem(&pods, a);
+	return slot && pod_at(copy, *slot, a, secret);
 }
 
 static __always_inline struct node *find_node(const struct addr *a, __u32 *slot)
@@ -282,13 +301,6 @@ static __always_inline int missed(struct __sk_buff *skb, const struct control *c
 		return counted(program, CHANGING);
 	skb->mark = MARK_MISS | (generation >> 1 & MARK_GENERATION);
 	return counted(program, why);
-}
-
-// forget drops what is known of a flow whose state machine moves.
-static __always_inline void forget(const struct flow *f)
-{
-	if (bpf_map_lookup_elem(&filters, f))
-		bpf_map_delete_elem(&filters, f);
 }
 
 // Adding 1 to the checksum's high byte is taking 1 from the time to live.
@@ -352,10 +364,12 @@ int egress(struct __sk_buff *skb)
 	why = parse(&p, (void *)(long)skb->data + ETH_HLEN, (void *)(long)skb->data_end, skb->len - ETH_HLEN, true);
 	if (why)
 		return counted(EGRESS, why);
-	if (!find_pod(&pod, &p.flow.local, c->secret) || pod.ifindex != skb->ifindex)
+	f = bpf_map_lookup_elem(&filters, &p.flow);
+	if (!find_pod(&pod, f, &p.flow.local, c->secret) || pod.ifindex != skb->ifindex)
 		return counted(EGRESS, NOT_LOCAL);
 	if (p.syn || p.ends) {
-		forget(&p.flow);
+		if (f)
+			bpf_map_delete_elem(&filters, &p.flow);
 		// The answer to a connection's first packet is established for conntrack, and the next packet still
 		// misses: a flow learned from here has shown conntrack its whole handshake.
 		if (p.ends || !p.ack || !find_node(&p.flow.remote, &slot))
@@ -367,7 +381,6 @@ int egress(struct __sk_buff *skb)
 	if (p.ip->ttl <= 1)
 		return counted(EGRESS, TTL);
 
-	f = bpf_map_lookup_elem(&filters, &p.flow);
 	if (!f) {
 		// Only here the longest prefix is asked for: a verdict knows its node.
 		if (!find_node(&p.flow.remote, &slot))
@@ -406,14 +419,14 @@ int egress(struct __sk_buff *skb)
 	decrease_ttl(data + HEADER);
 	h.outer.ip.tos |= ecn; // RFC 6040, 4.1: normal mode copies
 	h.outer.ip.tot_len = bpf_htons(length + OUTER);
-	h.outer.ip.id = bpf_get_prandom_u32(); // routers may fragment: DF is clear, as on the ordinary path
+	// Routers may fragment, for DF is clear as on the ordinary path: identifications differ, between CPUs by an offset.
+	h.outer.ip.id = count(EGRESS, HIT) + bpf_get_smp_processor_id() * 0x9e35;
 	h.outer.ip.check = ~fold(sum + h.outer.ip.tot_len + h.outer.ip.id + bpf_htons(ecn));
 	h.outer.udp.source = out.port;
 	h.outer.udp.len = bpf_htons(length + OUTER - sizeof(struct iphdr));
 #pragma unroll
 	for (int i = 0; i < HEADER / 8; i++)
 		((__u64 *)data)[i] = h.record.bytes[i];
-	counted(EGRESS, HIT);
 	return bpf_redirect(ifindex, 0);
 }
 
@@ -472,17 +485,15 @@ int ingress(struct __sk_buff *skb)
 	why = parse(&p, o + 1, (void *)(long)skb->data_end, skb->len - HEADER, false);
 	if (why)
 		return counted(INGRESS, why);
-	if (!find_pod(&pod, &p.flow.local, c->secret))
+	f = bpf_map_lookup_elem(&filters, &p.flow);
+	if (!find_pod(&pod, f, &p.flow.local, c->secret))
 		return counted(INGRESS, NOT_LOCAL);
 
 	struct addr from = v4(o->ip.saddr);
 	bool first = p.syn || p.ends;
-	f = 0;
-	if (first)
-		forget(&p.flow);
-	else
-		f = bpf_map_lookup_elem(&filters, &p.flow);
-	if (!f) {
+	if (first && f)
+		bpf_map_delete_elem(&filters, &p.flow);
+	if (first || !f) {
 		node = find_node(&p.flow.remote, &slot);
 		if (!node || !same_addr(&node->addr, &from))
 			return counted(INGRESS, node ? WRONG_NODE : NOT_REMOTE);
@@ -672,7 +683,7 @@ int ingress_learn(struct __sk_buff *skb)
 	struct control *c;
 	struct packet p = {};
 	struct pod pod;
-	__u32 slot, generation;
+	__u32 slot, generation, *local;
 	enum reason why;
 
 	if (!skb->mark)
@@ -686,10 +697,11 @@ int ingress_learn(struct __sk_buff *skb)
 	why = parse(&p, (void *)(long)skb->data + ETH_HLEN, (void *)(long)skb->data_end, skb->len - ETH_HLEN, false);
 	if (why)
 		return counted(INGRESS_LEARN, why);
-	if (!find_pod(&pod, &p.flow.local, c->secret) || pod.ifindex != skb->ifindex)
+	local = bpf_map_lookup_elem(&pods, &p.flow.local);
+	if (!local || !pod_at(&pod, *local, &p.flow.local, c->secret) || pod.ifindex != skb->ifindex)
 		return counted(INGRESS_LEARN, NOT_LOCAL);
 	if (!find_node(&p.flow.remote, &slot))
 		return counted(INGRESS_LEARN, NOT_REMOTE);
-	struct verdict v = { .generation = generation, .node = slot, .at = bpf_ktime_get_coarse_ns() };
+	struct verdict v = { .generation = generation, .node = slot, .port = *local, .at = bpf_ktime_get_coarse_ns() };
 	return counted(INGRESS_LEARN, learn(&p.flow, &v, false, c->secret));
 }

@@ -19,7 +19,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
-#define ABI 1 // raise it when a struct of this file changes its meaning
+#define ABI 2 // raise it when a struct of this file changes its meaning
 
 // The mark of a packet that one of the caches missed: MARK_MISS and the low bits of the generation it was missed in. The
 // ordinary path ors MARK_ESTABLISHED in. All other bits have to be zero.
@@ -86,7 +86,7 @@ struct flow {
 struct verdict {
 	__u32 generation; // 0: nothing
 	__u16 node;       // slot in nodes
-	__be16 port;      // outward: outer UDP source port that the ordinary path chose
+	__u16 port;       // outward: outer UDP source port that the ordinary path chose, as on the wire; inward: slot in locals
 	__u64 at;         // ns, monotonic
 	__u64 tag;
 };
@@ -97,6 +97,7 @@ struct filter {
 };
 
 struct pod {
+	struct addr addr;
 	__u32 ifindex; // of the host's end of the veth pair
 	__u32 since;   // verdicts of earlier generations are void
 	__u8 mac[6], gateway[6];
