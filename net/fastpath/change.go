@@ -103,8 +103,14 @@ func tuple(t netlink.IPTuple) Flow {
 }
 
 // forget deletes conntrack entries.
-func (p *Path) forget(which func(f, reply Flow) bool) error {
-	if _, err := p.nl.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, matcher(which)); err != nil {
+func (p *Path) forget(which func(f, reply Flow) bool) (err error) {
+	for range 10 { // a list that changed while it was read is read again
+		_, err = p.nl.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, matcher(which))
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("forgetting connections: %w", err)
 	}
 	return nil

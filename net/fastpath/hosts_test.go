@@ -1,6 +1,7 @@
 package fastpath
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"testing"
@@ -176,6 +177,9 @@ func (h *host) noPrograms() {
 	h.t.Helper()
 	in(h.t, h.h, func() error {
 		links, err := netlink.LinkList()
+		for errors.Is(err, netlink.ErrDumpInterrupted) {
+			links, err = netlink.LinkList()
+		}
 		if err != nil {
 			return err
 		}
