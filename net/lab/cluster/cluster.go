@@ -98,12 +98,13 @@ type Cluster struct {
 // Node is a host with an agent.
 type Node struct {
 	*lab.Host
-	Dir   string // of this host: state, sockets, configuration
-	Args  []string
-	c     *Cluster
-	agent *exec.Cmd
-	log   *bytes.Buffer
-	pods  int
+	Dir    string // of this host: state, sockets, configuration
+	Args   []string
+	c      *Cluster
+	agent  *exec.Cmd
+	exited chan struct{} // closed when agent has ended
+	log    *bytes.Buffer
+	pods   int
 }
 
 // New makes n hosts and starts their agents with further arguments.
@@ -183,13 +184,18 @@ func (n *Node) Launch() error {
 	if err := n.agent.Start(); err != nil {
 		return err
 	}
-	ended := make(chan error, 1)
-	go func(cmd *exec.Cmd) { ended <- cmd.Wait() }(n.agent)
+	var ended error
+	exited := make(chan struct{})
+	go func(cmd *exec.Cmd) {
+		ended = cmd.Wait()
+		close(exited)
+	}(n.agent)
+	n.exited = exited
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		select {
-		case err := <-ended:
+		case <-exited:
 			n.agent = nil
-			return fmt.Errorf("%s: agent: %w: %s", n.Name, err, n.log)
+			return fmt.Errorf("%s: agent: %w: %s", n.Name, ended, n.log)
 		default:
 		}
 		if s, err := n.Status(); err == nil && s.PID == n.agent.Process.Pid {
@@ -205,15 +211,8 @@ func (n *Node) Kill() {
 		return
 	}
 	_ = n.agent.Process.Kill()
-	for n.agent.ProcessState == nil && n.alive() {
-		time.Sleep(time.Millisecond)
-	}
+	<-n.exited // one that is dying may hold its socket still
 	n.agent = nil
-}
-
-func (n *Node) alive() bool {
-	_, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", n.agent.Process.Pid))
-	return err == nil
 }
 
 func (n *Node) stop(show bool) {
