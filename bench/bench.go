@@ -55,6 +55,7 @@ type run struct {
 	layers   map[string]*Layer
 	kept     []string // directories to remove when the scenario is over
 	serial   int
+	need     int64    // bytes: of the scenario that takes the most of the main filesystem
 	restore  []func() // undo changes to the environment
 	progress *progress
 	result   report.Run
@@ -84,6 +85,9 @@ func measure(ctx context.Context, cfg Config, scenarios []Scenario) (_ *report.R
 		cfg: cfg, ctx: ctx, grounds: map[groundName]*ground{}, noGround: map[groundName]error{}, layers: map[string]*Layer{},
 		progress: newProgress(cfg.Progress),
 		result:   report.Run{Started: time.Now(), Mode: string(cfg.Mode)},
+	}
+	for _, s := range scenarios {
+		r.need = max(r.need, s.Space(cfg.Mode))
 	}
 	if err := r.open(); err != nil {
 		return nil, errors.Join(err, r.close())

@@ -32,8 +32,8 @@ type ground struct {
 	own  bool // nothing but the bench is on it
 }
 
-// imageSize is that of an image file, in bytes: what the largest scenario needs there, with what earlier ones have left. The
-// main filesystem has plain copies and whole copy-ups beside the layers; what rivals stand on shares blocks.
+// imageSize is that of an image file, in bytes: what most scenarios need there, with what earlier ones have left. The main
+// filesystem has plain copies and whole copy-ups beside the layers; what rivals stand on shares blocks.
 func imageSize(m Mode, main bool) int64 {
 	if main {
 		return Pick[int64](m, 4*gib, 8*gib, 16*gib)
@@ -140,12 +140,19 @@ func attach(ctx context.Context, image string, cache caching) (string, error) {
 	return strings.TrimSpace(out), err
 }
 
-// imageSize is the mode's, unless a test wants less.
+// imageSize is the mode's, or what the scenario with the largest need has room in, unless a test wants less.
 func (r *run) imageSize(main bool) int64 {
-	if r.cfg.image > 0 {
+	size := imageSize(r.cfg.Mode, main)
+	switch {
+	case r.cfg.image > 0:
 		return r.cfg.image
+	case main:
+		need := r.need + r.need/8 // the filesystem itself takes and reserves some
+		if room, err := free(r.scratch); err == nil && need < room/10*9 {
+			return max(size, need)
+		}
 	}
-	return imageSize(r.cfg.Mode, main)
+	return size
 }
 
 // ground returns the filesystem of a name, making it if it is a loop device's.
