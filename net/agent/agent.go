@@ -55,7 +55,7 @@ type Part interface {
 	PodRemoved(control.Pod) error
 	// PeersChanging surrounds a change of peers; the part calls apply once.
 	PeersChanging(added, changed, removed []peers.Lease, apply func() error) error
-	// Status is its value in a status.
+	// Status is its value in a status. A part with a method Problems() []string has these among the status's problems.
 	Status() any
 	// Refresh is called after something was put right: the underlay may be another, or have another MTU.
 	Refresh() error
@@ -456,10 +456,15 @@ func (a *Agent) status() (control.Status, error) {
 	if err := a.countAddresses(&s); err != nil {
 		return s, err
 	}
-	slices.Sort(s.Problems)
 	for _, p := range a.cfg.Parts {
 		s.Parts[p.Name()] = p.Status()
+		if w, ok := p.(interface{ Problems() []string }); ok {
+			for _, problem := range w.Problems() {
+				s.Problems = append(s.Problems, p.Name()+": "+problem)
+			}
+		}
 	}
+	slices.Sort(s.Problems)
 	return s, nil
 }
 

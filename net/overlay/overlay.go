@@ -19,7 +19,9 @@ package overlay
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"lamina/net/control"
@@ -202,6 +204,13 @@ func (o *Overlay) SetPod(p control.Pod) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.pods[p.ID] = p
+}
+
+// Pods are those of this node.
+func (o *Overlay) Pods() []control.Pod {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return slices.Collect(maps.Values(o.pods))
 }
 
 // RemovePod forgets a pod. The kernel removes what there was for it with its interface.

@@ -19,6 +19,7 @@ import (
 	"lamina/net/ipam"
 	"lamina/net/overlay"
 	"lamina/net/peers"
+	"lamina/net/policy"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/pelletier/go-toml/v2"
@@ -45,6 +46,7 @@ container runtime's plugins. What it puts on a host and how to read that is in d
 // netAgent is the flags of the agent.
 type netAgent struct {
 	config, peers, nodeIP, podCIDR, socket, state string
+	policies, pods                                string
 	device                                        string
 	vni, port, mtu                                int
 	holdDown                                      time.Duration
@@ -64,6 +66,9 @@ The peers file has a line for each node: the prefix of its pods, its address and
 its VXLAN device. It can be the same on all nodes, and is read again when it changes. Peers that cannot be used, because
 prefixes overlap for example, are reported and those known before stay.
 
+With --policies the agent enforces NetworkPolicies for the pods of this node: docs/network.md has the form of the files.
+A file that is broken keeps the policy it had in force.
+
 The configuration file is TOML whose keys are the names of the flags; what is on the command line wins.`,
 		Example: `  printf '10.244.1.0/24 192.168.0.1\n10.244.2.0/24 192.168.0.2\n' > /etc/lamina/peers
   lamina net agent --peers /etc/lamina/peers`,
@@ -80,6 +85,8 @@ The configuration file is TOML whose keys are the names of the flags; what is on
 	fs.StringVar(&a.peers, "peers", "", "the file that names the nodes")
 	fs.StringVar(&a.nodeIP, "node-ip", "", "this node's address on the underlay; empty: the peer that is an address of this host")
 	fs.StringVar(&a.podCIDR, "pod-cidr", "", "the prefix of this node's pods; empty: what the peers file says")
+	fs.StringVar(&a.policies, "policies", "", "a directory of Kubernetes NetworkPolicies in YAML to enforce; empty: none")
+	fs.StringVar(&a.pods, "pods", "", "a file that names the pods of all nodes, with their labels, for policies to select")
 	fs.StringVar(&a.device, "device", overlay.Device, "the name of the VXLAN device")
 	fs.IntVar(&a.vni, "vni", overlay.VNI, "the VXLAN network identifier, the same on all nodes")
 	fs.IntVar(&a.port, "port", overlay.Port, "the UDP port of VXLAN, the same on all nodes")
@@ -166,7 +173,9 @@ func (a *netAgent) agentConfig() (c agent.Config, err error) {
 	if err != nil {
 		return c, err
 	}
-	c.Parts = append(c.Parts, fast) // last: it remembers what the others decide
+	part := policy.NewPart(policy.PartOptions{Dir: a.policies, PodsFile: a.pods, StateDir: a.state, Logf: c.Logf, Around: around(fast)})
+	// The caches first: they must be there to be told what policies change, from the first change on.
+	c.Overlay.Policy, c.Parts = part, append(c.Parts, fast, part)
 	if a.nodeIP != "" {
 		if c.Overlay.Self.Node, err = netip.ParseAddr(a.nodeIP); err != nil {
 			return c, fmt.Errorf("--node-ip: %q is not an address", a.nodeIP)
@@ -187,6 +196,18 @@ func (a *netAgent) fastPath(logf func(string, ...any)) (*fastpath.Part, error) {
 	}
 	pins, err := filepath.Abs(a.pins)
 	return fastpath.NewPart(fastpath.PartOptions{Pins: pins, Mode: mode, Logf: logf}), err
+}
+
+// around keeps the fast path from going by, and from learning, what a change of policies makes doubtful.
+func around(fast *fastpath.Part) func(*policy.Plan, func() error) error {
+	return func(p *policy.Plan, apply func() error) error {
+		after, err := fast.Guard(p.Pods)
+		if err != nil {
+			return err
+		}
+		defer after()
+		return apply()
+	}
 }
 
 func netStatusCommand() *cobra.Command {
@@ -239,6 +260,9 @@ func printNet(w io.Writer, s *control.Status) error {
 	}
 	if f, ok := s.Parts["fastpath"].(map[string]any); ok {
 		row("fast path", "%v, hits: %.1f%% of packets to other nodes, %.1f%% of those from them", f["state"], percent(f["egress_ratio"]), percent(f["ingress_ratio"]))
+	}
+	if p, ok := s.Parts["policies"].(map[string]any); ok {
+		row("policies", "%v in force, selecting %v of %v pods", p["policies"], p["isolated"], p["local"])
 	}
 	for _, p := range s.Problems {
 		row("PROBLEM", "%s", strings.Join(strings.Fields(p), " "))
