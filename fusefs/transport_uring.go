@@ -12,6 +12,7 @@ import (
 type uringTransport struct {
 	*devTransport
 	conn *uring.Conn
+	fd   int // of the connection; go-fuse's, which closes it at the end of devTransport.serve
 }
 
 var _ transport = (*uringTransport)(nil)
@@ -44,7 +45,7 @@ func (o *Options) withoutRings(reason error) error {
 func (t *devTransport) overRings(rings *uring.Pool, fd int, opt *Options) (transport, error) {
 	conn, err := rings.Serve(fd, t.srv.answers, uring.Options{Mount: t.options, Init: t.KernelSettings(), Logf: opt.Logf})
 	if err == nil {
-		return &uringTransport{devTransport: t, conn: conn}, nil
+		return &uringTransport{devTransport: t, conn: conn, fd: fd}, nil
 	}
 	t.reason = err
 	if err = opt.withoutRings(err); err == nil {
@@ -63,6 +64,9 @@ func (t *uringTransport) rings() *uring.Stats {
 }
 
 func (t *uringTransport) serve() {
-	t.devTransport.serve()
+	if err := t.conn.ServeForgets(t.fd); err != nil {
+		t.srv.opt.Logf("io_uring: inodes are forgotten one by one: %v", err)
+	}
+	t.devTransport.serve() // which ends as soon as it begins, unless that failed
 	t.conn.Wait()
 }

@@ -114,20 +114,22 @@ func isPollHack(in *fuse.InHeader, payload []byte) bool {
 
 // recovered answers for a file system that panicked. Other requests go on.
 func (h *handler) recovered(e *entry, unique uint64) {
-	r := recover()
-	if r == nil {
-		return
+	if r := recover(); r != nil {
+		e.answer(unique, h.panicked(r), 0)
 	}
-	status := fuse.EIO
+}
+
+// panicked says what to answer for a file system that panicked, and tells of it.
+func (h *handler) panicked(r any) fuse.Status {
 	if h.opts.PanicHandler != nil {
 		if s := h.opts.PanicHandler(r); !s.Ok() {
-			status = s
+			return s
 		}
-	} else {
-		stack := make([]byte, 64<<10)
-		h.log.Printf("panic in a request: %v\n%s", r, stack[:runtime.Stack(stack, false)])
+		return fuse.EIO
 	}
-	e.answer(unique, status, 0)
+	stack := make([]byte, 64<<10)
+	h.log.Printf("panic in a request: %v\n%s", r, stack[:runtime.Stack(stack, false)])
+	return fuse.EIO
 }
 
 // fast answers what it knows and gives the number of bytes it put into e.payload. Names are copied out of the payload,
@@ -173,16 +175,30 @@ func (h *handler) fast(e *entry, in unsafe.Pointer, payload []byte) (n int, stat
 		out.Size = written
 		return n, status, true
 	case opGetxattr:
-		// A request for the size only is as rare as it is different.
-		if size := int((*fuse.GetXAttrIn)(in).Size); size > 0 && size <= len(e.payload) && !h.opts.DisableXAttrs && !h.opts.IgnoreSecurityLabels {
-			n, status := h.fs.GetXAttr(h.cancel, (*fuse.InHeader)(in), name(payload), e.payload[:size])
-			if status.Ok() && int(n) > size {
-				return 0, fuse.EIO, true // more than was asked for
-			}
-			return int(n), status, true
+		if size := int((*fuse.GetXAttrIn)(in).Size); size <= len(e.payload) && !h.opts.DisableXAttrs && !h.opts.IgnoreSecurityLabels {
+			n, status := h.getxattr(e, (*fuse.InHeader)(in), name(payload), size)
+			return n, status, true
 		}
 	}
 	return 0, fuse.OK, false
+}
+
+// getxattr answers with the value, or with its size if size is 0: so the kernel asks for security.capability before a new
+// file's first write and before each change of an owner.
+func (h *handler) getxattr(e *entry, in *fuse.InHeader, name string, size int) (int, fuse.Status) {
+	n, status := h.fs.GetXAttr(h.cancel, in, name, e.payload[:size])
+	if size > 0 {
+		if status.Ok() && int(n) > size {
+			return 0, fuse.EIO // more than was asked for
+		}
+		return int(n), status
+	}
+	if status == fuse.ERANGE { // it does not fit into nothing
+		status = fuse.OK
+	}
+	out, room := result[fuse.GetXAttrOut](e)
+	out.Size = n
+	return room, status
 }
 
 func (h *handler) read(in *fuse.ReadIn, buf []byte) (int, fuse.Status) {

@@ -186,6 +186,11 @@ func mountOn(dir string, c carrier, fs fuse.RawFileSystem, change ...func(*fuse.
 	}
 	go func() {
 		defer close(m.ended)
+		if m.conn != nil {
+			if err := m.conn.ServeForgets(fd); err != nil {
+				m.log.add("ServeForgets: %v", err)
+			}
+		}
 		m.server.Serve()
 		if m.conn != nil {
 			m.conn.Wait()
