@@ -164,7 +164,7 @@ func (j *journal) Link(c <-chan struct{}, in *fuse.LinkIn, name string, out *fus
 					if q.done {
 						j.fs.Forget(n.ID(), 1) // of the answer that never came
 					}
-					return j.made(n, nil, out)
+					return j.found(n, nil, out)
 				}
 				j.fs.Forget(n.ID(), 1)
 			}

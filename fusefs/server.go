@@ -101,17 +101,31 @@ func (s *server) entry(n *union.Node, out *fuse.EntryOut) error {
 		s.fs.Forget(n.ID(), 1)
 		return err
 	}
-	s.fillAttr(&out.Attr, &st)
-	out.NodeId = n.ID()
-	out.EntryValid = forever
-	out.AttrValid = forever
+	s.describe(n, &st, out)
 	return nil
 }
 
-// made answers a request that made or linked a node.
-func (s *server) made(n *union.Node, err error, out *fuse.EntryOut) fuse.Status {
+// describe is entry with attributes that are known.
+func (s *server) describe(n *union.Node, st *union.Attr, out *fuse.EntryOut) {
+	s.fillAttr(&out.Attr, st)
+	out.NodeId = n.ID()
+	out.EntryValid = forever
+	out.AttrValid = forever
+}
+
+// found answers a request that looked a node up or gave it one more name.
+func (s *server) found(n *union.Node, err error, out *fuse.EntryOut) fuse.Status {
 	if err == nil {
 		err = s.entry(n, out)
+	}
+	return s.status(err)
+}
+
+// made answers a request that made a node.
+func (s *server) made(n *union.Node, err error, out *fuse.EntryOut) fuse.Status {
+	if err == nil {
+		st := s.fs.AttrMade(n)
+		s.describe(n, &st, out)
 	}
 	return s.status(err)
 }
@@ -129,7 +143,7 @@ func (s *server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *f
 		out.EntryValid = forever // node 0: the kernel remembers that there is no such name
 		return fuse.OK
 	}
-	return s.made(n, err, out)
+	return s.found(n, err, out)
 }
 
 func (s *server) Forget(id, nlookup uint64) {
@@ -187,7 +201,7 @@ func (s *server) Link(_ <-chan struct{}, in *fuse.LinkIn, name string, out *fuse
 		return s.status(err)
 	}
 	n, err := s.fs.Link(old, dir, name)
-	return s.made(n, err, out)
+	return s.found(n, err, out)
 }
 
 func (s *server) Unlink(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.Status {
@@ -440,7 +454,7 @@ func (s *server) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out *
 	if err != nil {
 		return s.status(err)
 	}
-	n, uh, err := s.fs.Create(dir, name, in.Flags&unionFlags, in.Mode, c)
+	n, uh, err := s.fs.Create(dir, name, in.Flags&unionFlags|unix.O_EXCL, in.Mode, c)
 	if errors.Is(err, unix.EEXIST) && in.Flags&unix.O_EXCL == 0 {
 		return s.status(s.openExisting(dir, name, in, out))
 	}
@@ -462,11 +476,7 @@ func (s *server) created(n *union.Node, uh *union.Handle, err error, in *fuse.Cr
 		return s.status(err)
 	}
 	s.adopt(n, uh, in.Flags, &out.OpenOut)
-	if err := s.entry(n, &out.EntryOut); err != nil {
-		s.release(s.handles.remove(out.Fh))
-		return s.status(err)
-	}
-	return fuse.OK
+	return s.made(n, nil, &out.EntryOut)
 }
 
 // openExisting answers a CREATE whose name has come to exist since the kernel looked.

@@ -17,6 +17,18 @@ func (fs *FS) Attr(n *Node) (Attr, error) {
 	return fs.attr(n)
 }
 
+// AttrMade is Attr of a node that was just made, and that nobody but the caller has been told of.
+func (fs *FS) AttrMade(n *Node) Attr {
+	fs.tree.RLock()
+	defer fs.tree.RUnlock()
+	st := n.last
+	st.Ino = n.ino
+	if n.dead {
+		st.Nlink = 0
+	}
+	return st
+}
+
 func (fs *FS) attr(n *Node) (Attr, error) {
 	st, err := fs.rawAttr(n)
 	if err != nil {

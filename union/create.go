@@ -60,7 +60,7 @@ func (fs *FS) Create(dir *Node, name string, flags, mode uint32, c Cred) (*Node,
 		}
 		return nil, nil, err
 	}
-	return n, fs.openNew(n, fd, flags), nil
+	return n, fs.openNew(n, fd, flags&^unix.O_EXCL), nil
 }
 
 // openNew opens a file that was just made, through the descriptor that made it.
@@ -162,7 +162,9 @@ func (fs *FS) create(dir *Node, name string, mode uint32, c Cred, make maker) (*
 	}
 	var st unix.Stat_t
 	if f.whiteout {
-		st, err = fs.replaceWhiteout(dir, name, mode, c, make)
+		if err = fs.replaceWhiteout(dir, name, mode, c, make); err == nil {
+			st, err = fs.upper.Stat(join(dir.path(), name)) // its way there has changed it
+		}
 	} else {
 		st, err = fs.makeHere(dir, name, mode, c, make)
 	}
@@ -196,10 +198,15 @@ func (fs *FS) adoptMade(dir *Node, name string, st unix.Stat_t) (*Node, error) {
 	dir.list.Store(nil)
 	made := found{exists: true, upper: true, st: st, lpath: join(dir.lpath, name)}
 	n, err := fs.adopt(dir, name, &made)
-	if err == nil {
-		n.privClean.Store(n.noCaps.Load() && !setID(st.Mode))
+	if err != nil {
+		return nil, err
 	}
-	return n, err
+	n.privClean.Store(n.noCaps.Load() && !setID(st.Mode))
+	n.last = st
+	if h := dir.heritage.Load(); isDir(st.Mode) && h != nil { // a default ACL passes on, and is not there otherwise
+		n.heritage.Store(&heritage{acl: h.acl, setGID: st.Mode&unix.S_ISGID != 0, gid: st.Gid})
+	}
+	return n, nil
 }
 
 func removeObject(d *layer.Dir, path string, mode uint32) {
@@ -210,16 +217,16 @@ func removeObject(d *layer.Dir, path string, mode uint32) {
 	}
 }
 
-func (fs *FS) replaceWhiteout(dir *Node, name string, mode uint32, c Cred, make maker) (st unix.Stat_t, err error) {
+func (fs *FS) replaceWhiteout(dir *Node, name string, mode uint32, c Cred, make maker) error {
 	parent := dir.path()
 	o, err := fs.ownership(dir, parent, mode, c)
 	if err != nil {
-		return st, err
+		return err
 	}
 	path, tmp := join(parent, name), fs.tmpName()
 	if o.acl { // a directory with the parent's default ACL, so that the new object inherits it
 		if err := fs.work.Mkdir(tmp, 0o700); err != nil {
-			return st, err
+			return err
 		}
 		holder := tmp
 		defer func() { fs.work.Rmdir(holder); fs.work.Invalidate(holder) }()
@@ -228,15 +235,15 @@ func (fs *FS) replaceWhiteout(dir *Node, name string, mode uint32, c Cred, make 
 			err = fs.work.Setxattr(tmp, aclDefault, acl, 0)
 		}
 		if err != nil {
-			return st, err
+			return err
 		}
 		tmp = join(tmp, "new")
 	}
 	fd, err := make(fs.work, tmp, o.born())
 	if err != nil {
-		return st, err
+		return err
 	}
-	st, err = o.apply(object{d: fs.work, path: tmp, fd: fd})
+	_, err = o.apply(object{d: fs.work, path: tmp, fd: fd})
 	if err == nil && isDir(o.mode) {
 		if err = fs.setOpaque(fs.work, tmp); err == nil {
 			err = layer.Rename(fs.work, tmp, fs.upper, path, unix.RENAME_EXCHANGE)
@@ -244,7 +251,7 @@ func (fs *FS) replaceWhiteout(dir *Node, name string, mode uint32, c Cred, make 
 		if err == nil {
 			fs.work.Invalidate(tmp)
 			fs.discardFile(tmp) // now the whiteout
-			return st, nil
+			return nil
 		}
 		if errors.Is(err, unix.ENOENT) { // the whiteout is a file of another name, which stays
 			err = layer.Rename(fs.work, tmp, fs.upper, path, unix.RENAME_NOREPLACE)
@@ -255,7 +262,7 @@ func (fs *FS) replaceWhiteout(dir *Node, name string, mode uint32, c Cred, make 
 	if err != nil {
 		removeObject(fs.work, tmp, o.mode)
 	}
-	return st, err
+	return err
 }
 
 func (fs *FS) setOpaque(d *layer.Dir, path string) error {

@@ -371,7 +371,11 @@ func (n *Node) settled(f *block.File) {
 }
 
 // remember keeps what stat needs to know of a file while it is closed. The caller holds mu.
-func (n *Node) remember(f *block.File) { n.size, n.sketch = f.Size(), f.Sketch() }
+func (n *Node) remember(f *block.File) {
+	if n.sketch = f.Sketch(); n.sketch {
+		n.size = f.Size()
+	}
+}
 
 // closeContent closes a content, unless it is kept, without saving what its upper file has not yet put on disk. The
 // caller holds mu.

@@ -35,7 +35,7 @@ type Node struct {
 	dead     bool       // no name is left; changed with mu held too, so that either lock will do for reading
 	unborn   bool       // dead because it has no name yet (O_TMPFILE)
 	detached bool       // dead because its names lead to another node now, whatever the kernel still believes
-	last     Attr       // what stat said when it died
+	last     Attr       // what stat said when it died, or when it was made
 	unsyncd  bool       // the name in the upper layer came by copy-up and was not yet synced
 
 	// Guarded by nodeTable. For directories links has one entry and changes only with tree held for writing.

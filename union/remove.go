@@ -241,7 +241,7 @@ func (fs *FS) exchangeForWhiteout(path string) error {
 		return err
 	}
 	fs.upper.Invalidate(path)
-	fs.discard(tmp)
+	fs.discardLater(tmp)
 	return nil
 }
 

@@ -44,6 +44,7 @@ type FS struct {
 	closing          atomic.Bool
 	noTmpfile        bool // the upper's filesystem knows no O_TMPFILE
 	spares           spares
+	discards         discards
 
 	damage  sync.Map     // what logDamage has reported
 	damaged atomic.Int64 // how many different ones
@@ -199,6 +200,7 @@ func (fs *FS) prepareKept() error {
 func (fs *FS) Close() error {
 	fs.closing.Store(true)
 	err := fs.cfg.Engine.Close()
+	fs.discards.running.Wait()
 	fs.closeKept()
 	fs.spares.close()
 	if fs.upper != nil && fs.state != nil {
@@ -320,6 +322,32 @@ func (fs *FS) discard(tmp string) {
 	if err != nil {
 		fs.cfg.Logf("workdir %s: leftover %s: %v", fs.work.Name(), tmp, err)
 	}
+}
+
+// discards is what is being discarded in the background: nobody has to wait for a directory that is not shown any more.
+type discards struct {
+	running sync.WaitGroup
+	pending atomic.Int32
+	turn    sync.Mutex
+}
+
+// maxDiscards bounds how many directories wait to be discarded. Whoever removes more of them does it himself.
+const maxDiscards = 256
+
+// discardLater is discard in the background. Close waits for it.
+func (fs *FS) discardLater(tmp string) {
+	d := &fs.discards
+	if d.pending.Add(1) > maxDiscards {
+		d.pending.Add(-1)
+		fs.discard(tmp)
+		return
+	}
+	d.running.Go(func() {
+		d.turn.Lock()
+		defer d.turn.Unlock()
+		fs.discard(tmp)
+		d.pending.Add(-1)
+	})
 }
 
 // discardFile is discard for what is no directory.
