@@ -230,6 +230,22 @@ func (d *Dir) Rmdir(path string) error {
 
 // Rename moves an object, within one directory tree or between two of one mount. flags are renameat2(2)'s.
 func Rename(from *Dir, oldPath string, to *Dir, newPath string, flags uint) error {
+	return rename(from, oldPath, to, newPath, flags, func(newAt int, newName string) {
+		var st unix.Stat_t
+		err := unix.Fstatat(newAt, newName, &st, unix.AT_SYMLINK_NOFOLLOW)
+		if err != nil || st.Mode&unix.S_IFMT == unix.S_IFDIR || flags&unix.RENAME_EXCHANGE != 0 {
+			from.Invalidate(oldPath)
+			to.Invalidate(newPath)
+		}
+	})
+}
+
+// RenameFile is Rename for who knows that neither what is moved nor what is in its place is a directory.
+func RenameFile(from *Dir, oldPath string, to *Dir, newPath string, flags uint) error {
+	return rename(from, oldPath, to, newPath, flags, func(int, string) {})
+}
+
+func rename(from *Dir, oldPath string, to *Dir, newPath string, flags uint, moved func(newAt int, newName string)) error {
 	if err := from.writable("rename", oldPath); err != nil {
 		return err
 	}
@@ -242,12 +258,7 @@ func Rename(from *Dir, oldPath string, to *Dir, newPath string, flags uint) erro
 		if err := unix.Renameat2(at, name, newAt, newName, flags); err != nil {
 			return err
 		}
-		var st unix.Stat_t
-		err := unix.Fstatat(newAt, newName, &st, unix.AT_SYMLINK_NOFOLLOW)
-		if err != nil || st.Mode&unix.S_IFMT == unix.S_IFDIR || flags&unix.RENAME_EXCHANGE != 0 {
-			from.Invalidate(oldPath)
-			to.Invalidate(newPath)
-		}
+		moved(newAt, newName)
 		return nil
 	})
 }

@@ -257,7 +257,7 @@ func (fs *FS) replaceWhiteout(dir *Node, name string, mode uint32, c Cred, make 
 			err = layer.Rename(fs.work, tmp, fs.upper, path, unix.RENAME_NOREPLACE)
 		}
 	} else if err == nil {
-		err = layer.Rename(fs.work, tmp, fs.upper, path, 0)
+		err = layer.RenameFile(fs.work, tmp, fs.upper, path, 0)
 	}
 	if err != nil {
 		removeObject(fs.work, tmp, o.mode)
@@ -365,7 +365,7 @@ func (fs *FS) Link(n, dir *Node, name string) (*Node, error) {
 		return nil, err
 	}
 	if tmp != "" {
-		if err := layer.Rename(fs.work, tmp, fs.upper, join(dir.path(), name), 0); err != nil {
+		if err := layer.RenameFile(fs.work, tmp, fs.upper, join(dir.path(), name), 0); err != nil {
 			fs.work.Unlink(tmp)
 			return nil, err
 		}

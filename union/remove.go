@@ -129,7 +129,7 @@ func (fs *FS) removeUpper(dir *Node, name string) error {
 	if err := fs.whiteout(fs.work, tmp); err != nil {
 		return err
 	}
-	if err := layer.Rename(fs.work, tmp, fs.upper, path, 0); err != nil {
+	if err := layer.RenameFile(fs.work, tmp, fs.upper, path, 0); err != nil {
 		fs.work.Unlink(tmp)
 		return err
 	}

@@ -272,13 +272,23 @@ func (r *rename) simply() error {
 	if r.old.below {
 		flags = unix.RENAME_WHITEOUT
 	}
+	if !r.movesDirs() {
+		return layer.RenameFile(fs.upper, r.old.path, fs.upper, r.new.path, flags)
+	}
 	return layer.Rename(fs.upper, r.old.path, fs.upper, r.new.path, flags)
+}
+
+// movesDirs says that a directory is moved or replaced.
+func (r *rename) movesDirs() bool {
+	return isDir(r.old.n.mode) || r.new.n != nil && isDir(r.new.n.mode)
 }
 
 // moved forgets what was known by the old paths.
 func (r *rename) moved() {
 	for _, p := range []*place{&r.old, &r.new} {
-		r.fs.upper.Invalidate(p.path)
+		if r.movesDirs() {
+			r.fs.upper.Invalidate(p.path)
+		}
 		p.dir.list.Store(nil)
 	}
 }
