@@ -43,7 +43,8 @@ type Options struct {
 
 // Serve takes over the requests of the connection that fd is a descriptor of, an open /dev/fuse on which INIT has been
 // answered with fuse.CAP_OVER_IO_URING, and hands them to fs. It returns when requests come this way. FORGET, INTERRUPT
-// and the answers to notifications keep coming over fd, to whoever reads it: fuse.Server.Serve. fd stays the caller's.
+// and the answers to notifications keep coming over fd, to whoever reads it: ServeForgets, fuse.Server.Serve. fd stays the
+// caller's.
 //
 // If it fails everything comes over fd.
 func (p *Pool) Serve(fd int, fs fuse.RawFileSystem, opt Options) (*Conn, error) {
