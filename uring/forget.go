@@ -46,7 +46,7 @@ func (c *Conn) ServeForgets(fd int) error {
 	for {
 		n, err := unix.Read(fd, buf)
 		switch {
-		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOENT):
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.ENOENT):
 			continue // ENOENT: it was interrupted before it was read
 		case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ECONNABORTED):
 			return nil
