@@ -125,6 +125,10 @@ func New(t testing.TB, n int, args ...string) *Cluster {
 		t.Cleanup(func() { // last come, first served
 			node.stop(t.Failed())
 			_ = unix.Unmount(filepath.Join(node.Dir, "bpf"), unix.MNT_DETACH)
+			results, _ := filepath.Glob("/var/lib/cni/results/" + node.Network() + "-*") // cnitool's
+			for _, r := range results {
+				_ = os.Remove(r)
+			}
 		})
 	}
 	return c
