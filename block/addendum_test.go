@@ -119,6 +119,31 @@ func TestOneSync(t *testing.T) {
 	expectAfterCut(t, s, low, false, want)
 }
 
+// TestStatesOfAddendum: blocks that nothing but the header names are counted, whether anybody has read them or not.
+func TestStatesOfAddendum(t *testing.T) {
+	s, low, f := orderedRig(t, 160<<20)
+	blocks := []int64{3, 4, 5000, 40000} // in two pages of the table, and several regions
+	for _, b := range blocks {
+		if _, err := f.WriteAt(make([]byte, 4096), b*4096); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Sync(true); err != nil {
+		t.Fatal(err)
+	}
+	if f.hdr.TablePages != 0 || f.hdr.Addendum == "" {
+		t.Fatalf("%d pages, addendum of %d bytes", f.hdr.TablePages, len(f.hdr.Addendum))
+	}
+	again, err := newEngine(t, Options{}).Open(newCrashStore(s.power()), low.open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Abandon()
+	if lower, transit, upper := again.States(); upper != 4 || transit != 0 || lower != 160<<8-4 {
+		t.Errorf("%d Lower, %d InTransit, %d Upper; want %d, 0, 4", lower, transit, upper, 160<<8-4)
+	}
+}
+
 // TestManyNewBlocks: more than the header can name go into the table.
 func TestManyNewBlocks(t *testing.T) {
 	s, low, f := orderedRig(t, 16<<20)

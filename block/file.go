@@ -168,9 +168,9 @@ func (f *File) nextRegion(n int64) int64 {
 	if err != nil {
 		return n
 	}
-	end := max(n, next*per/regionBlocks)
-	if next >= f.tab.npages { // the table says nothing more; only memory may
-		end = int64(len(f.dir.chunks)) * chunkRegions
+	end := int64(len(f.dir.chunks)) * chunkRegions
+	if next != noMorePages {
+		end = min(end, max(n, next*per/regionBlocks))
 	}
 	return f.dir.inMemory(n, end)
 }

@@ -1,6 +1,7 @@
 package block
 
 import (
+	"math"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -56,15 +57,11 @@ func (t *table) writable(s Store, i int64) (*page, error) {
 	return p, err
 }
 
-// nextPage returns the first page at or after i that may say something; npages if there is none. It makes walking a
-// long table of nothing cheap.
+// nextPage returns the first page at or after i that may say something. It makes walking a long table of nothing cheap. A
+// page from npages on is one that only memory has, as when the header names blocks and the table has no place yet.
 func (t *table) nextPage(s Store, i int64) (int64, error) {
-	next := t.npages
-	at, err := s.Seek(t.pos+i*slotsSize, unix.SEEK_DATA)
-	switch {
-	case err == nil:
-		next = max(i, min(next, (at-t.pos)/slotsSize))
-	case err != unix.ENXIO:
+	next, err := t.nextOnDisk(s, i)
+	if err != nil {
 		return 0, err
 	}
 	for k, p := range t.pages {
@@ -73,6 +70,23 @@ func (t *table) nextPage(s Store, i int64) (int64, error) {
 		}
 	}
 	return next, nil
+}
+
+// noMorePages is what nextPage returns when no page is left.
+const noMorePages = math.MaxInt64
+
+func (t *table) nextOnDisk(s Store, i int64) (int64, error) {
+	if i >= t.npages {
+		return noMorePages, nil
+	}
+	at, err := s.Seek(t.pos+i*slotsSize, unix.SEEK_DATA)
+	switch {
+	case err == unix.ENXIO || err == nil && at >= t.end():
+		return noMorePages, nil
+	case err != nil:
+		return 0, err
+	}
+	return max(i, (at-t.pos)/slotsSize), nil
 }
 
 // flush writes every dirty page into its older slot. A page stays dirty until its write succeeded.
