@@ -21,7 +21,9 @@ import (
 //     removed, and made again.
 //   - A name that was to be removed and is not there was removed.
 //   - A rename was done if the object is at its new place.
-//   - An open file that nobody was told of is closed, and opened again.
+//   - An open file that nobody was told of is closed, and opened again. It is not cut to nothing a second time: somebody may
+//     have written to it.
+//   - A reference that the kernel was not told of is given back, and taken again.
 //
 // A request whose answer the kernel has does not come again. What was written down of it, if the server was killed before it
 // struck that out, is never looked at.
@@ -39,7 +41,7 @@ var _ fuse.RawFileSystem = (*journal)(nil)
 // requestRec is a request that may not be done twice. For a rename the two names follow it.
 type requestRec struct {
 	unique    uint64
-	ino       uint64 // of what is renamed
+	ino       uint64 // of what is renamed; what was looked up, by the number of its node
 	dir, dir2 uint64
 	op        op
 	done      bool
@@ -264,10 +266,25 @@ func (j *journal) RemoveXAttr(c <-chan struct{}, h *fuse.InHeader, name string) 
 	return status
 }
 
+func (j *journal) Lookup(c <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	if q, _ := j.again(h); q != nil {
+		node := q.ino
+		j.answered(q.unique) // first: a reference too many is a node that stays, one too few a node that the kernel loses
+		j.fs.Forget(node, 1)
+	}
+	status := j.server.Lookup(c, h, name, out)
+	if status.Ok() && out.NodeId != 0 {
+		j.write(h, requestRec{op: opLookup, ino: out.NodeId})
+	}
+	return status
+}
+
 // Open files.
 
 func (j *journal) Open(c <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
-	j.closeUnheard(&in.InHeader)
+	if j.closeUnheard(&in.InHeader) != nil {
+		in.Flags &^= unix.O_TRUNC // it was done
+	}
 	status := j.server.Open(c, in, out)
 	if status.Ok() {
 		j.writeHandle(&in.InHeader, in.Flags, out)
