@@ -7,6 +7,7 @@ import (
 	"math"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -75,6 +76,7 @@ type File struct {
 	queued    atomic.Bool  // in the copier's queue
 	retries   atomic.Int32 // copies that failed in a row
 	settling  func(*File)  // under Engine.mu
+	settleAt  time.Time    // when settling is not nil: no sooner; under Engine.mu
 	closed    atomic.Bool
 	logged    sync.Map               // damage that was reported already
 	hurt      atomic.Bool            // some was

@@ -21,7 +21,9 @@ type waiting struct {
 // InTransit blocks, puts the table on disk, and calls done once, from its own goroutine; done decides whether to Close
 // the File or to keep it, because it may have been opened again. If that fails (no space, lower file unreadable), the
 // attempt is repeated after another delay, so that nothing written is lost; done is called when it has succeeded, or
-// when the Engine is closed. A second Settle before done was called replaces done.
+// when the Engine is closed. A second Settle before done was called replaces done, and the delay begins again: who opens and
+// closes a file for every write would otherwise have each of these delays end in a sync. What such a file holds is put on
+// disk every Options.CommitInterval, as that of any open file.
 func (f *File) Settle(done func(*File)) {
 	e := f.e
 	e.mu.Lock()
@@ -32,12 +34,11 @@ func (f *File) Settle(done func(*File)) {
 		return
 	}
 	queued := f.settling != nil
-	f.settling = done
+	f.settling, f.settleAt = done, time.Now().Add(e.opts.SettleDelay)
 	early := false // the settler sleeps longer than it may
 	if !queued {
-		at := time.Now().Add(e.opts.SettleDelay)
-		e.waiting = append(e.waiting, waiting{f: f, at: at})
-		early = at.Before(e.alarm) || len(e.waiting) > maxWaiting
+		e.waiting = append(e.waiting, waiting{f: f, at: f.settleAt})
+		early = f.settleAt.Before(e.alarm) || len(e.waiting) > maxWaiting
 	}
 	e.mu.Unlock()
 	if early {
@@ -134,13 +135,23 @@ func (e *Engine) nextSettled(commitAt time.Time) (files []*File, wait time.Durat
 		if first.at.After(until) && (first.again || !hurry) {
 			break
 		}
-		files = append(files, first.f)
 		e.waiting = e.waiting[1:]
+		if later := first.f.settleAt; later.After(until) && !first.again && !hurry { // it was opened and closed since
+			e.wait(waiting{f: first.f, at: later})
+			continue
+		}
+		files = append(files, first.f)
 	}
 	if len(e.waiting) > 0 && e.waiting[0].at.Before(e.alarm) {
 		e.alarm = e.waiting[0].at
 	}
 	return files, time.Until(e.alarm), false
+}
+
+// wait puts a file on the list where its time is. The caller holds mu.
+func (e *Engine) wait(w waiting) {
+	i, _ := slices.BinarySearchFunc(e.waiting, w.at, func(w waiting, at time.Time) int { return w.at.Compare(at) })
+	e.waiting = slices.Insert(e.waiting, i, w)
 }
 
 // commitOpen commits a file that may be in use, so that a power cut costs it no more than CommitInterval.

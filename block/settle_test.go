@@ -411,3 +411,38 @@ func TestSlowLowerDelaysNobodyElse(t *testing.T) {
 		}
 	}
 }
+
+// TestSettleAgain: a file that is opened and closed again and again is not put on disk before SettleDelay has passed since
+// it was closed for the last time.
+func TestSettleAgain(t *testing.T) {
+	e := newEngine(t, Options{SettleDelay: time.Hour, CommitInterval: 2 * time.Hour})
+	low := &memLower{data: testContent(100_000), mtime: 5}
+	f, other := newCrashStore(nil).sketch(t, e, low), newCrashStore(nil).sketch(t, e, low)
+	settled := make(chan *File, 2)
+	f.Settle(func(f *File) { settled <- f })
+	other.Settle(func(f *File) { settled <- f })
+	past := time.Now().Add(-time.Hour)
+	e.mu.Lock()
+	e.waiting[0].at = past // of its first close; it has been closed since
+	last := f.settleAt
+	e.mu.Unlock()
+	if files, _, _ := e.nextSettled(time.Now().Add(2 * time.Hour)); len(files) > 0 {
+		t.Fatalf("%d files settle", len(files))
+	}
+	e.mu.Lock()
+	if len(e.waiting) != 2 || e.waiting[0].f != f || !e.waiting[0].at.Equal(last) || e.waiting[1].at.Before(last) {
+		t.Error("it does not wait where its time is")
+	}
+	e.waiting[0].at, f.settleAt = past, past
+	e.mu.Unlock()
+	e.nudge()
+	if got := <-settled; got != f {
+		t.Error("the other file settled first")
+	}
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := other.Close(); err != nil {
+		t.Error(err)
+	}
+}
