@@ -5,6 +5,7 @@ GO          ?= go
 FUZZTIME    ?= 20s
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 PREFIX      ?= /usr/local
+DOCKERD     ?= github.com/moby/moby/v2/cmd/dockerd@v2.0.0-beta.24
 
 # Packages whose tests run under the race detector: the ones that share memory between goroutines on a hot path.
 RACE = ./block/... ./union/...
@@ -37,6 +38,13 @@ test: build
 power: build
 	@scripts/ensure.sh test
 	@scripts/own.sh power $(GO) test -count=1 -timeout 60m -v ./tests/power -power.cuts 60
+
+# Docker Engine's daemon, built by Go, which takes minutes, on containerd 2 and Lamina.
+docker: build
+	@scripts/ensure.sh test
+	@GO="$(GO)" scripts/containerd2.sh
+	GOBIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) install -trimpath -tags exclude_graphdriver_btrfs $(DOCKERD)
+	@scripts/own.sh docker $(GO) test -count=1 -timeout 20m -v ./tests/containerd -run Docker -dockerd $(CURDIR)/bin/dockerd -containerd $(CURDIR)/bin/containerd2
 
 demo: build
 	@scripts/ensure.sh demo

@@ -59,7 +59,7 @@ func Pack(ctx context.Context, root, path string) (Layer, error) {
 // Import gives containerd an image of layers, lowest first, as an archive in the OCI image layout, and unpacks nothing.
 func (e *Engine) Import(ctx context.Context, name string, args []string, layers ...Layer) (client.Image, error) {
 	r, w := io.Pipe()
-	go func() { w.CloseWithError(writeArchive(w, name, args, layers)) }()
+	go func() { w.CloseWithError(WriteArchive(w, name, args, layers...)) }()
 	list, err := e.Client.Import(ctx, r)
 	r.CloseWithError(errors.Join(err, io.ErrClosedPipe))
 	if err != nil {
@@ -100,7 +100,8 @@ func makeManifest(config ocispec.Image, layers []ocispec.Descriptor) (c, m blob,
 	return c, m, err
 }
 
-func writeArchive(out io.Writer, name string, args []string, layers []Layer) error {
+// WriteArchive writes an image of layers, lowest first, as an archive in the OCI image layout.
+func WriteArchive(out io.Writer, name string, args []string, layers ...Layer) error {
 	var ids []digest.Digest
 	var descs []ocispec.Descriptor
 	for _, l := range layers {
