@@ -541,6 +541,9 @@ type Name struct {
 // them up again finds another node (another node number, the same st_ino). Until the kernel has, and whenever somebody
 // comes to n by a descriptor, opening n or changing anything about it is ESTALE, which has the kernel look the name up.
 func (fs *FS) Detach(n *Node) ([]Name, error) {
+	// A copy-up that has begun gives its file to the names it finds in the end: they must still be n's.
+	n.cu.Lock()
+	defer n.cu.Unlock()
 	// The next node does not know which names of a copy-up are not on disk yet.
 	if err := fs.syncUp(n); err != nil {
 		return nil, err
