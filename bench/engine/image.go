@@ -208,8 +208,12 @@ func (e *Engine) extend(ctx context.Context, base client.Image, layer ocispec.De
 	for i, l := range append(old.Layers, layer) {
 		labels[fmt.Sprintf("containerd.io/gc.ref.content.l.%d", i)] = l.Digest.String()
 	}
-	if err := content.WriteBlob(ctx, store, c.desc.Digest.String(), bytes.NewReader(c.text), c.desc,
-		content.WithLabels(map[string]string{"containerd.io/gc.ref.snapshot." + snapshotter: chain})); err != nil {
+	if err := content.WriteBlob(ctx, store, c.desc.Digest.String(), bytes.NewReader(c.text), c.desc); err != nil {
+		return nil, "", err
+	}
+	// The same image may be there from another snapshotter: then nothing is written, and no label either.
+	keeps := "containerd.io/gc.ref.snapshot." + snapshotter
+	if _, err := store.Update(ctx, content.Info{Digest: c.desc.Digest, Labels: map[string]string{keeps: chain}}, "labels."+keeps); err != nil {
 		return nil, "", err
 	}
 	if err := content.WriteBlob(ctx, store, m.desc.Digest.String(), bytes.NewReader(m.text), m.desc, content.WithLabels(labels)); err != nil {
