@@ -47,7 +47,6 @@ type Enforcer struct {
 	nft  knftables.Interface
 	now  *Ruleset // what the kernel holds; nil when that is not known
 	last *Ruleset // what it held last, as far as we know; for marks and nothing else
-	cut  bool     // whether flows may be remembered as cut
 }
 
 // NewEnforcer makes an enforcer; the kernel is not touched yet. The error says what is missing.
