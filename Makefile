@@ -44,7 +44,7 @@ docker: build
 	@scripts/ensure.sh test
 	@GO="$(GO)" scripts/containerd2.sh
 	GOBIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) install -trimpath -tags exclude_graphdriver_btrfs $(DOCKERD)
-	@scripts/own.sh docker $(GO) test -count=1 -timeout 20m -v ./tests/containerd -run Docker -dockerd $(CURDIR)/bin/dockerd -containerd $(CURDIR)/bin/containerd2
+	@scripts/own.sh docker $(GO) test -count=1 -timeout 20m -v -tags docker ./tests/containerd -run Docker -dockerd $(CURDIR)/bin/dockerd -containerd $(CURDIR)/bin/containerd2
 
 demo: build
 	@scripts/ensure.sh demo
@@ -59,6 +59,7 @@ lint:
 	@scripts/ensure.sh build
 	@files=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$files" ]; then echo "gofmt -w these:"; echo "$$files"; exit 1; fi
 	$(GO) vet ./...
+	$(GO) vet -tags docker ./tests/containerd
 	$(GO) run $(STATICCHECK) ./...
 
 fuzz:

@@ -21,8 +21,8 @@ import (
 )
 
 // Every server listens on a unix socket in the runtime directory, HASH.TIME.PID.sock, where HASH names the mount point, and
-// TIME tells mounts apart that one process had there one after another, or processes of one number had. It answers each connection with its Status in JSON. A socket that nobody answers is a leftover, and whoever finds it
-// removes it.
+// TIME tells mounts apart that one process had there one after another, or processes of one number had. It answers each
+// connection with its Status in JSON. A socket that nobody answers is a leftover, and whoever finds it removes it.
 
 // Status is what a server tells of its mount: the output of lamina status --json.
 type Status struct {

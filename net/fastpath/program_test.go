@@ -570,10 +570,7 @@ func TestRandomPackets(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 1))
-	rounds := 1500
-	if testing.Short() {
-		rounds = 500
-	}
+	const rounds = 1500
 	hits := 0
 	s.here(func() {
 		for range rounds {

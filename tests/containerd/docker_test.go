@@ -1,3 +1,5 @@
+//go:build docker
+
 package containerd
 
 import (
@@ -25,7 +27,7 @@ import (
 	"lamina/bench/engine"
 )
 
-var dockerd = flag.String("dockerd", "", "Docker Engine's daemon, for the tests with it; without it there are none")
+var dockerd = flag.String("dockerd", "", "Docker Engine's daemon")
 
 // docker is a Docker Engine on the containerd of a rig, asked over its HTTP interface.
 type docker struct {
@@ -204,7 +206,7 @@ func (d *docker) changes(id string) string {
 // nothing is left when all is removed.
 func TestDocker(t *testing.T) {
 	if *dockerd == "" {
-		t.Skip("-dockerd names no Docker Engine: make docker")
+		t.Fatal("-dockerd names no Docker Engine: make docker")
 	}
 	r := start(t, engine.Config{})
 	d := r.startDocker()

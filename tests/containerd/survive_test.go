@@ -3,7 +3,6 @@ package containerd
 import (
 	"fmt"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -53,9 +52,6 @@ func (r *rig) server() int {
 // With --survive, a pool's server is killed again and again while containers write and sync, one that opens its file each
 // time and one that keeps it open. They see no error; what they have written is there, in the container and in its commit.
 func TestServerIsKilled(t *testing.T) {
-	if !strings.Contains(*subjects, engine.Lamina) {
-		t.Skip("about Lamina alone")
-	}
 	r := start(t, engine.Config{Args: []string{"--survive"}})
 	image := r.image(engine.Lamina)
 	var writers []*engine.Container
