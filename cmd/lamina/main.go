@@ -3,8 +3,18 @@ package main
 
 import (
 	"os"
+	"runtime"
 
 	"lamina/cmd/lamina/cli"
 )
 
-func main() { os.Exit(cli.Main(os.Args)) }
+// The first thread does nothing but wait. The kernel gives it the signals of the process (complete_signal in
+// kernel/signal.c) and wakes no other: while it sat in a write that does not end, on a frozen or failing disk, a server
+// would not hear SIGTERM.
+func init() { runtime.LockOSThread() }
+
+func main() {
+	status := make(chan int)
+	go func() { status <- cli.Main(os.Args) }()
+	os.Exit(<-status)
+}
