@@ -1,7 +1,7 @@
 #!/bin/sh
 # own.sh NAME COMMAND...: run COMMAND with a TMPDIR of its own and, whatever becomes of it, leave nothing behind: no mount
-# below that directory, no loop device on a file in it, no process started with it as TMPDIR. Anything found that COMMAND
-# itself should have cleaned up is named, removed, and makes the exit status 1.
+# below that directory, no loop device on a file in it, no process started with it as TMPDIR, no network namespace named after
+# LAMINA_RUN (net/lab). Anything found that COMMAND itself should have cleaned up is named, removed, and makes the exit status 1.
 set -eu
 name=$1
 shift
@@ -10,9 +10,12 @@ base=${TMPDIR:-/tmp}
 run=$(mktemp -d "$base/lamina-$name.XXXXXX")
 chmod 1777 "$run" # as any TMPDIR: tests also act as other users
 export TMPDIR="$run"
+LAMINA_RUN=${run##*.}-
+export LAMINA_RUN
 
 mounts() { awk -v d="$run/" 'index($2, d) == 1 { print $2 }' /proc/self/mounts | sort -r; }
 loops() { losetup -n -O NAME,BACK-FILE 2>/dev/null | awk -v d="$run/" 'index($2, d) == 1 { print $1 }'; }
+netns() { for n in /run/netns/lamt"$LAMINA_RUN"*; do [ ! -e "$n" ] || echo "${n##*/}"; done; }
 # Processes are known by their environment, so that nobody else's are ever touched.
 procs() {
 	for p in /proc/[0-9]*; do
@@ -36,7 +39,8 @@ sweep() {
 		[ "$tries" -gt 0 ] || break
 		sleep 1
 	done
-	if [ -n "$found_m$found_p$found_l" ]; then
+	found_n=$(netns) # whoever was to remove one has ended, or would have been waited for
+	if [ -n "$found_m$found_p$found_l$found_n" ]; then
 		leaks=1
 		for m in $found_m; do
 			echo "LEAK: still mounted: $m" >&2
@@ -50,6 +54,10 @@ sweep() {
 			echo "LEAK: still attached: $l" >&2
 			losetup -d "$l" 2>/dev/null || true
 		done
+		for n in $found_n; do
+			echo "LEAK: network namespace: $n" >&2
+			ip netns del "$n" 2>/dev/null || true
+		done
 	fi
 	chmod -R u+rwx "$run" 2>/dev/null || true
 	rm -rf --one-file-system "$run" || leaks=1
@@ -61,5 +69,5 @@ trap 'sweep' EXIT
 status=0
 "$@" || status=$?
 sweep
-[ "$leaks" = 0 ] || { echo "$name: leaked mounts, processes or loop devices (above)" >&2; [ "$status" != 0 ] || status=1; }
+[ "$leaks" = 0 ] || { echo "$name: leaked mounts, processes, loop devices or network namespaces (above)" >&2; [ "$status" != 0 ] || status=1; }
 exit "$status"

@@ -51,7 +51,8 @@ type Host struct {
 }
 
 var (
-	prefix = fmt.Sprintf("lamt%d-", os.Getpid())
+	// scripts/own.sh knows by LAMINA_RUN which namespaces a test that was killed has left.
+	prefix = fmt.Sprintf("lamt%s%d-", os.Getenv("LAMINA_RUN"), os.Getpid())
 	count  atomic.Int64
 )
 
