@@ -77,7 +77,7 @@ func StatDir(option, path string) (checkedDir, error) {
 	err := unix.Stat(path, &st)
 	switch {
 	case errors.Is(err, unix.ENOENT):
-		return d, fmt.Errorf("%s %s: does not exist: create it, or correct the option", option, path)
+		return d, fmt.Errorf("%s %s: does not exist: create it, or correct the path", option, path)
 	case err != nil:
 		return d, fmt.Errorf("%s %s: %w", option, path, err)
 	case st.Mode&unix.S_IFMT != unix.S_IFDIR:
