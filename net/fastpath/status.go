@@ -149,9 +149,9 @@ func (p *Path) traceVerdicts(t *Trace, key bpfFlow, rec bpfFilter, since uint32)
 		}
 		age := time.Duration(now - v.At)
 		if v.Generation == 0 {
-			t.say("%s: never seen established and allowed", name)
+			t.say("%s: never seen allowed", name)
 		} else {
-			t.say("%s: seen established and allowed %s ago, in generation %d (valid since %d, lease %s)", name, age.Round(time.Millisecond), v.Generation, since, time.Duration(lease))
+			t.say("%s: seen allowed %s ago, in generation %d (valid since %d, lease %s)", name, age.Round(time.Millisecond), v.Generation, since, time.Duration(lease))
 		}
 		return known, age >= time.Duration(lease)
 	}
@@ -171,8 +171,13 @@ func (p *Path) traceVerdicts(t *Trace, key bpfFlow, rec bpfFilter, since uint32)
 		}
 		return Hit
 	}
-	t.Egress = first(out, in, over(outOver), p.traceHeader(uint32(rec.Out.Node)))
-	t.Ingress = first(in, out, p.traceHeader(uint32(rec.In.Node)), over(inOver))
+	if key.Protocol == unix.IPPROTO_UDP { // each direction by itself
+		t.Egress = first(out, over(outOver), p.traceHeader(uint32(rec.Out.Node)))
+		t.Ingress = first(in, over(inOver))
+	} else {
+		t.Egress = first(out, in, over(outOver), p.traceHeader(uint32(rec.Out.Node)))
+		t.Ingress = first(in, out, p.traceHeader(uint32(rec.In.Node)), over(inOver))
+	}
 	if t.Ingress == Hit && now-rec.Bulk < uint64(100*time.Millisecond) {
 		t.Ingress = Segments
 	}
