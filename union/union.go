@@ -43,7 +43,7 @@ type FS struct {
 	noClone          []atomic.Uint32 // by lower layer: the errno with which it refused to be cloned from, for good
 	closing          atomic.Bool
 	through          atomic.Bool // see WriteThrough
-	noTmpfile        bool // the upper's filesystem knows no O_TMPFILE
+	noTmpfile        bool        // the upper's filesystem knows no O_TMPFILE
 	spares           spares
 	discards         discards
 
