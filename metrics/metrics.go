@@ -8,39 +8,31 @@ package metrics
 import (
 	"runtime"
 	"strconv"
-	"strings"
 
 	"lamina/inventory"
+	"lamina/metrics/exporter"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/procfs"
 )
 
-// Metric is one of those that are shown.
-type Metric struct {
-	Name   string
-	Type   prometheus.ValueType
-	Labels []string
-	Help   string
-}
-
 // ofMount are the labels that tell mounts apart. Several can lie on one directory; device numbers are unique.
 var ofMount = []string{"mountpoint", "device"}
 
-func mountMetric(name string, kind prometheus.ValueType, help string, more ...string) Metric {
-	return Metric{"lamina_" + name, kind, append(append([]string{}, ofMount...), more...), help}
+func mountMetric(name string, kind prometheus.ValueType, help string, more ...string) exporter.Metric {
+	return exporter.Metric{Name: "lamina_" + name, Type: kind, Labels: append(append([]string{}, ofMount...), more...), Help: help}
 }
 
 const (
-	counter = prometheus.CounterValue
-	gauge   = prometheus.GaugeValue
+	counter = exporter.Counter
+	gauge   = exporter.Gauge
 )
 
 // The metrics, in the order of the documentation.
 var (
-	buildInfo   = Metric{"lamina_build_info", gauge, []string{"version", "goversion"}, "1; the exporter's version."}
-	mounts      = Metric{"lamina_mounts", gauge, nil, "Mounts whose servers answered."}
-	unreachable = Metric{"lamina_gather_failed", gauge, nil, "1 if some server or some engine's list could not be read; the exporter's log names it."}
+	buildInfo   = exporter.NewGauge("lamina_build_info", "1; the exporter's version.", "version", "goversion")
+	mounts      = exporter.NewGauge("lamina_mounts", "Mounts whose servers answered.")
+	unreachable = exporter.NewGauge("lamina_gather_failed", "1 if some server or some engine's list could not be read; the exporter's log names it.")
 
 	mountInfo = mountMetric("mount_info", gauge, "1; what the mount is and whose.", "pid", "version", "transport", "passthrough", "format", "engine", "namespace", "container", "name")
 	started   = mountMetric("mount_start_time_seconds", gauge, "When it was mounted, in seconds since 1970.")
@@ -73,25 +65,17 @@ var (
 	serverThread = serverMetric("server_threads", gauge, "Threads of the server process.")
 )
 
-func serverMetric(name string, kind prometheus.ValueType, help string) Metric {
-	return Metric{"lamina_" + name, kind, []string{"pid"}, help}
+func serverMetric(name string, kind prometheus.ValueType, help string) exporter.Metric {
+	return exporter.Metric{Name: "lamina_" + name, Type: kind, Labels: []string{"pid"}, Help: help}
 }
 
 // All lists every metric of Lamina's own. The exporter shows those of its own process and of the Go runtime as well.
-var All = []Metric{
+var All = []exporter.Metric{
 	buildInfo, mounts, unreachable,
 	mountInfo, started, flushing, degraded,
 	requests, read, written, opens, detached, errs, damaged,
 	notCopied, copied, created, completed, sketches, blocks, queue, settling, openFiles, nodes,
 	serverMounts, serverCPU, serverMemory, serverFDs, serverThread,
-}
-
-// TypeName is the type as Prometheus calls it.
-func (m *Metric) TypeName() string {
-	if m.Type == counter {
-		return "counter"
-	}
-	return "gauge"
 }
 
 // Collector asks for the mounts at every collection.
@@ -103,43 +87,31 @@ type Collector struct {
 	// Version is the exporter's.
 	Version string
 
-	descs map[string]*prometheus.Desc
+	descs exporter.Descs
 }
 
 // New makes a collector of all mounts of this user.
 func New(version string, failed func(error)) *Collector {
-	c := &Collector{Version: version, Failed: failed, descs: map[string]*prometheus.Desc{}}
+	c := &Collector{Version: version, Failed: failed, descs: exporter.NewDescs(All)}
 	c.Mounts = func() ([]inventory.Mount, error) { return inventory.Mounts("") }
-	for _, m := range All {
-		c.descs[m.Name] = prometheus.NewDesc(m.Name, m.Help, m.Labels, nil)
-	}
 	return c
 }
 
 var _ prometheus.Collector = (*Collector)(nil)
 
 // Describe implements prometheus.Collector.
-func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range c.descs {
-		ch <- d
-	}
-}
+func (c *Collector) Describe(ch chan<- *prometheus.Desc) { c.descs.Describe(ch) }
 
 // Collect implements prometheus.Collector.
 func (c *Collector) Collect(ch chan<- prometheus.Metric) {
-	put := func(m Metric, v float64, labels ...string) {
-		for i := range labels {
-			labels[i] = strings.ToValidUTF8(labels[i], "\uFFFD") // a mount point is any bytes
-		}
-		ch <- prometheus.MustNewConstMetric(c.descs[m.Name], m.Type, v, labels...)
-	}
+	put := c.descs.Putter(ch)
 	all, err := c.Mounts()
 	if err != nil {
 		c.Failed(err)
 	}
 	put(buildInfo, 1, c.Version, runtime.Version())
 	put(mounts, float64(len(all)))
-	put(unreachable, number(err != nil))
+	put(unreachable, exporter.Number(err != nil))
 	servers := map[int]server{}
 	seen := map[string]bool{}
 	for i := range all {
@@ -156,10 +128,8 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-type putter func(m Metric, v float64, labels ...string)
-
-func collectMount(s *inventory.Mount, put putter) {
-	one := func(m Metric, v float64, more ...string) {
+func collectMount(s *inventory.Mount, put exporter.Putter) {
+	one := func(m exporter.Metric, v float64, more ...string) {
 		put(m, v, append([]string{s.Mountpoint, s.Device}, more...)...)
 	}
 	var c inventory.Container
@@ -168,9 +138,9 @@ func collectMount(s *inventory.Mount, put putter) {
 	}
 	one(mountInfo, 1, strconv.Itoa(s.PID), s.Version, s.Transport, s.Passthrough, s.Format, c.Engine, c.Namespace, c.ID, c.Name)
 	one(started, float64(s.Started.UnixNano())/1e9)
-	one(flushing, number(s.Flushing))
-	one(degraded, number(s.TransportReason != ""), "transport")
-	one(degraded, number(s.PassthroughReason != ""), "passthrough")
+	one(flushing, exporter.Number(s.Flushing))
+	one(degraded, exporter.Number(s.TransportReason != ""), "transport")
+	one(degraded, exporter.Number(s.PassthroughReason != ""), "passthrough")
 
 	for op, n := range s.FUSE.Requests {
 		one(requests, float64(n), op)
@@ -200,7 +170,7 @@ func collectMount(s *inventory.Mount, put putter) {
 type server struct{ mounts, descriptors int }
 
 // collectServer reads a server's process from /proc, as far as everybody may. One that has ended meanwhile is left out.
-func collectServer(pid int, s server, put putter) {
+func collectServer(pid int, s server, put exporter.Putter) {
 	label := strconv.Itoa(pid)
 	put(serverMounts, float64(s.mounts), label)
 	put(serverFDs, float64(s.descriptors), label)
@@ -213,11 +183,4 @@ func collectServer(pid int, s server, put putter) {
 		put(serverMemory, float64(st.ResidentMemory()), label)
 		put(serverThread, float64(st.NumThreads), label)
 	}
-}
-
-func number(b bool) float64 {
-	if b {
-		return 1
-	}
-	return 0
 }

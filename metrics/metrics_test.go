@@ -1,27 +1,17 @@
 package metrics
 
 import (
-	"context"
-	"encoding/json"
 	"errors"
-	"io"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
-	"regexp"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"lamina/fusefs"
 	"lamina/inventory"
+	"lamina/metrics/exporter/exportertest"
 	"lamina/pool"
-
-	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/common/expfmt"
-	"github.com/prometheus/common/model"
 )
 
 func must(t testing.TB, err error) {
@@ -41,41 +31,6 @@ func sample() []inventory.Mount {
 	return []inventory.Mount{{Status: st, Container: &inventory.Container{Engine: "containerd", Namespace: "k8s.io", ID: "abc"}}, {Status: other}, {Status: other}}
 }
 
-// serve starts an exporter and returns what it answers at /metrics.
-func serve(t *testing.T, address string, c *Collector) func() (map[string]*dto.MetricFamily, string) {
-	t.Helper()
-	l, err := Listen(address)
-	must(t, err)
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- Serve(ctx, l, Handler(c)) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	network, where := l.Addr().Network(), l.Addr().String()
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, network, where)
-	}}}
-	return func() (map[string]*dto.MetricFamily, string) {
-		t.Helper()
-		resp, err := client.Get("http://exporter/metrics")
-		must(t, err)
-		defer resp.Body.Close()
-		b, err := io.ReadAll(resp.Body)
-		must(t, err)
-		parser := expfmt.NewTextParser(model.LegacyValidation)
-		families, err := parser.TextToMetricFamilies(strings.NewReader(string(b)))
-		if err != nil || resp.StatusCode != http.StatusOK {
-			t.Fatalf("%s: %v: %s", resp.Status, err, b)
-		}
-		return families, string(b)
-	}
-}
-
 func TestExporter(t *testing.T) {
 	var failed error
 	c := New("v2", func(err error) { failed = err })
@@ -85,18 +40,9 @@ func TestExporter(t *testing.T) {
 	for _, address := range []string{"127.0.0.1:0", "unix:" + socket} {
 		t.Run(address, func(t *testing.T) {
 			answer, trouble = sample(), nil
-			scrape := serve(t, address, c)
+			scrape := exportertest.Serve(t, address, c)
 			families, text := scrape()
-			for _, m := range All {
-				f := families[m.Name]
-				if f == nil {
-					t.Errorf("%s is not shown", m.Name)
-					continue
-				}
-				if strings.ToLower(f.GetType().String()) != m.TypeName() || f.GetHelp() != m.Help {
-					t.Errorf("%s: %v %q", m.Name, f.GetType(), f.GetHelp())
-				}
-			}
+			exportertest.Shown(t, families, All)
 			for _, want := range []string{
 				`lamina_mount_info{container="abc",device="0:52",engine="containerd",format="sparse",mountpoint="/c1/merged",name="",namespace="k8s.io",passthrough="auto",pid="`,
 				`lamina_requests_total{device="0:52",mountpoint="/c1/merged",op="read"} 11`,
@@ -127,137 +73,14 @@ func TestExporter(t *testing.T) {
 	}
 }
 
-func TestListen(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "s")
-	l, err := Listen("unix:" + path)
-	must(t, err)
-	if st, err := os.Lstat(path); err != nil || st.Mode().Perm() != 0o600 {
-		t.Errorf("%v %v", st.Mode(), err)
-	}
-	if _, err := Listen("unix:" + path); err == nil || !strings.Contains(err.Error(), "already") {
-		t.Errorf("a second one: %v", err)
-	}
-	// One that was killed leaves its socket.
-	l.(*net.UnixListener).SetUnlinkOnClose(false)
-	must(t, l.Close())
-	l, err = Listen("unix:" + path)
-	must(t, err)
-	must(t, l.Close())
-	must(t, os.WriteFile(path, nil, 0o600))
-	for _, address := range []string{"unix:" + path, "unix:", "unix:" + dir + "/none/s", "nonsense"} {
-		if l, err := Listen(address); err == nil {
-			l.Close()
-			t.Errorf("%s: listens", address)
-		}
-	}
-}
-
-// The documentation has the table of every metric, and no other.
 func TestDocumentation(t *testing.T) {
-	var want strings.Builder
-	want.WriteString("| metric | type | labels | meaning |\n|---|---|---|---|\n")
-	for _, m := range All {
-		labels := strings.Join(m.Labels, ", ")
-		want.WriteString("| `" + m.Name + "` | " + m.TypeName() + " | " + labels + " | " + m.Help + " |\n")
-	}
-	b, err := os.ReadFile("../docs/operations.md")
-	must(t, err)
-	if !strings.Contains(string(b), want.String()) {
-		t.Errorf("docs/operations.md must have this table:\n%s", want.String())
-	}
-	if n := len(regexp.MustCompile("\n\\| `lamina_[a-z_]+` \\|").FindAll(b, -1)); n != len(All) {
-		t.Errorf("docs/operations.md has %d rows of metrics, there are %d", n, len(All))
-	}
+	exportertest.Documentation(t, "../docs/operations.md", All)
 }
-
-var (
-	word     = regexp.MustCompile(`lamina_[a-z0-9_]+`)
-	selector = regexp.MustCompile(`(lamina_[a-z0-9_]+)\{([^}]*)\}`)
-	matcher  = regexp.MustCompile(`([a-z_]+)(=~|=|!=|!~)"`)
-	grouping = regexp.MustCompile(`by \(([a-z_, ]+)\)`)
-)
 
 // The dashboard's queries use metrics that the exporter shows, with labels that they have.
 func TestDashboard(t *testing.T) {
-	b, err := os.ReadFile("../deploy/grafana/lamina.json")
-	must(t, err)
-	var board any
-	must(t, json.Unmarshal(b, &board))
-	queries := queriesOf(board)
-	if len(queries) < 20 {
-		t.Fatalf("%d queries", len(queries))
-	}
 	c := New("v", func(error) {})
 	c.Mounts = func() ([]inventory.Mount, error) { return sample(), nil }
-	shown, _ := serve(t, "127.0.0.1:0", c)()
-	used := map[string]bool{}
-	for _, q := range queries {
-		names := word.FindAllString(q, -1)
-		if len(names) == 0 {
-			t.Errorf("%s: asks for nothing", q)
-		}
-		labels := map[string]bool{"instance": true} // Prometheus adds it
-		for _, name := range names {
-			used[name] = true
-			f := shown[name]
-			if f == nil {
-				t.Errorf("%s: %s is not shown", q, name)
-				continue
-			}
-			for _, l := range f.Metric[0].Label {
-				labels[l.GetName()] = true
-			}
-			if counts := strings.HasSuffix(name, "_total"); counts != (f.GetType() == dto.MetricType_COUNTER) {
-				t.Errorf("%s is a %v", name, f.GetType())
-			} else if counts && !strings.Contains(q, "rate(") && !strings.Contains(q, "increase(") {
-				t.Errorf("%s: a counter as it is", q)
-			}
-		}
-		for _, s := range selector.FindAllStringSubmatch(q, -1) {
-			for _, m := range matcher.FindAllStringSubmatch(s[2], -1) {
-				if !labels[m[1]] {
-					t.Errorf("%s: no label %s", q, m[1])
-				}
-			}
-		}
-		for _, g := range grouping.FindAllStringSubmatch(q, -1) {
-			for l := range strings.SplitSeq(g[1], ",") {
-				if !labels[strings.TrimSpace(l)] {
-					t.Errorf("%s: no label %s", q, l)
-				}
-			}
-		}
-		for _, pair := range []string{"()", "{}", "[]"} {
-			if strings.Count(q, pair[:1]) != strings.Count(q, pair[1:]) {
-				t.Errorf("%s: %s", q, pair)
-			}
-		}
-	}
-	for _, m := range All {
-		if m.Name != "lamina_build_info" && m.Name != "lamina_mount_start_time_seconds" && !used[m.Name] {
-			t.Errorf("the dashboard does not show %s", m.Name)
-		}
-	}
-}
-
-// queriesOf collects the queries of panels and variables, wherever they are.
-func queriesOf(v any) []string {
-	var out []string
-	switch v := v.(type) {
-	case []any:
-		for _, e := range v {
-			out = append(out, queriesOf(e)...)
-		}
-	case map[string]any:
-		for key, e := range v {
-			if s, ok := e.(string); ok && (key == "expr" || key == "query" && s != "prometheus") {
-				out = append(out, s)
-			} else {
-				out = append(out, queriesOf(e)...)
-			}
-		}
-	}
-	slices.Sort(out)
-	return out
+	shown, _ := exportertest.Serve(t, "127.0.0.1:0", c)()
+	exportertest.Dashboard(t, "../deploy/grafana/lamina.json", shown, All, "lamina_build_info", "lamina_mount_start_time_seconds")
 }

@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"lamina/metrics"
+	"lamina/metrics/exporter"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/expfmt"
@@ -57,13 +58,14 @@ func showMetrics(cmd *cobra.Command, address string) error {
 		}
 		return failed
 	}
-	l, err := metrics.Listen(address)
+	l, err := exporter.Listen(address)
 	if err != nil {
 		return fmt.Errorf("--listen: %w", err)
 	}
 	ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
-	return metrics.Serve(ctx, l, metrics.Handler(metrics.New(Version(), newComplaints().say)))
+	complaints := newComplaints()
+	return exporter.Serve(ctx, l, exporter.Handler(metrics.New(Version(), complaints.say), "all mounts", complaints.say))
 }
 
 // complaints writes what goes wrong, once until something else does: the same server may fail at every scrape.

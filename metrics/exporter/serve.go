@@ -1,4 +1,4 @@
-package metrics
+package exporter
 
 import (
 	"context"
@@ -16,17 +16,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Handler answers /metrics.
-func Handler(c *Collector) http.Handler {
+// Handler answers /metrics with what a collector shows, and with the process and the Go runtime. failed is told what goes wrong;
+// the page at / says what this is.
+func Handler(c prometheus.Collector, what string, failed func(error)) http.Handler {
 	reg := prometheus.NewPedanticRegistry()
 	reg.MustRegister(c, collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewGoCollector())
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{
-		ErrorLog: failLog(c.Failed), MaxRequestsInFlight: 4, Timeout: 30 * time.Second, Registry: reg,
+		ErrorLog: failLog(failed), MaxRequestsInFlight: 4, Timeout: 30 * time.Second, Registry: reg,
 	}))
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		fmt.Fprintln(w, "Lamina: its mounts' metrics are at /metrics")
+		fmt.Fprintf(w, "Lamina: the metrics of %s are at /metrics\n", what)
 	})
 	return mux
 }
