@@ -503,12 +503,15 @@ func (r *Ruleset) Allows(f Flow) bool {
 	return p == nil || p.profiles[ingress] == nil || p.profiles[ingress].allows(f)
 }
 
-func (p *profile) allows(f Flow) bool {
+func (p *profile) allows(f Flow) bool { return p.allowing(f) >= 0 }
+
+// allowing is the index of the first rule that allows a flow; -1: none does.
+func (p *profile) allowing(f Flow) int {
 	peer := f.Src
 	if p.dir == egress {
 		peer = f.Dst
 	}
-	return slices.ContainsFunc(p.rules, func(r rule) bool { return r.matches(f, peer) })
+	return slices.IndexFunc(p.rules, func(r rule) bool { return r.matches(f, peer) })
 }
 
 func (r *rule) matches(f Flow, peer netip.Addr) bool {

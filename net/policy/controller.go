@@ -59,7 +59,10 @@ type Status struct {
 	Isolated int       `json:"isolated"` // of those, how many a policy selects
 	Cut      uint64    `json:"cut"`      // established flows ended by changes, since the agent began
 	Changed  time.Time `json:"changed"`  // when rules last changed
-	Problems []string  `json:"problems"` // what is wrong now
+	// Dropped are packets: "ingress" and "egress" those that no rule of a pod allowed, "cut" answers to flows that a change ended.
+	// They begin at zero when the table is made anew.
+	Dropped  map[string]uint64 `json:"dropped"`
+	Problems []string          `json:"problems"` // what is wrong now
 }
 
 // NewController makes a controller. Nothing is read or enforced before Sync or Run.

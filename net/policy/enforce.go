@@ -233,6 +233,27 @@ func (e *Enforcer) Missing(ctx context.Context) (missing []string, err error) {
 	return missing, err
 }
 
+// Dropped reads the counters of Status.Dropped.
+func (e *Enforcer) Dropped(ctx context.Context) (map[string]uint64, error) {
+	var counters []*knftables.Counter
+	err := e.inside(func() (err error) {
+		counters, err = e.nft.ListCounters(ctx)
+		return err
+	})
+	if err != nil && !knftables.IsNotFound(err) {
+		return nil, fmt.Errorf("nft: counters of drops: %w", err)
+	}
+	n := map[string]uint64{}
+	for _, c := range counters {
+		for short, name := range drops {
+			if c.Name == dropCounter(short) && c.Packets != nil {
+				n[name] = *c.Packets
+			}
+		}
+	}
+	return n, nil
+}
+
 // found returns the names of what is in the table, by kind.
 func (e *Enforcer) found(ctx context.Context) (map[string][]string, error) {
 	all, err := e.nft.ListAll(ctx)

@@ -65,6 +65,11 @@ func cutSet(proto uint8, f family) string {
 	return f.of(prefix + "cut")
 }
 
+// dropCounter is the name of a counter of dropped packets; why is "in", "out" or "cut". Its value outlives changes of rules.
+func dropCounter(why string) string { return prefix + "dropped-" + why }
+
+var drops = map[string]string{"in": "ingress", "out": "egress", "cut": "cut"}
+
 func cutSets() (out []string) {
 	for _, f := range families {
 		out = append(out, cutSet(protoTCP, f), cutSet(protoUDP, f))
@@ -85,8 +90,8 @@ func gate() []nftRule {
 		tuple := fmt.Sprintf("%s saddr . %s daddr . meta l4proto . th sport . th dport", ip, ip)
 		tcp, rest := cutSet(protoTCP, f), cutSet(protoUDP, f)
 		rules = append(rules,
-			nftRule{fmt.Sprintf("meta l4proto { udp, sctp } %s @%s drop", tuple, rest), "answers to flows that were cut"},
-			nftRule{fmt.Sprintf("meta l4proto tcp tcp flags & (fin|syn|rst|ack) != syn %s @%s update @%s { %s } drop", tuple, tcp, tcp, tuple), "answers to flows that were cut"})
+			nftRule{fmt.Sprintf("meta l4proto { udp, sctp } %s @%s counter name %s drop", tuple, rest, dropCounter("cut")), "answers to flows that were cut"},
+			nftRule{fmt.Sprintf("meta l4proto tcp tcp flags & (fin|syn|rst|ack) != syn %s @%s update @%s { %s } counter name %s drop", tuple, tcp, tcp, tuple, dropCounter("cut")), "answers to flows that were cut"})
 	}
 	for _, f := range families {
 		ip := f.ip()
@@ -172,7 +177,7 @@ func (p *profile) render(o *objects) *chain {
 			}
 		}
 	}
-	ch.rules = append(ch.rules, nftRule{"counter drop", "nothing allows it"})
+	ch.rules = append(ch.rules, nftRule{"counter name " + dropCounter(p.dir.short()) + " counter drop", "nothing allows it"})
 	return ch
 }
 
@@ -385,6 +390,9 @@ func (o objects) rebuild(tx *knftables.Transaction, found map[string][]string) {
 			tx.Add(&knftables.Set{Name: cutSet(proto, f), Type: cutType(f), Timeout: &timeout, Comment: &comment, Size: knftables.PtrTo(uint64(maxCut)),
 				Flags: []knftables.SetFlag{knftables.DynamicFlag, knftables.TimeoutFlag}})
 		}
+	}
+	for _, why := range sorted(drops) {
+		tx.Add(&knftables.Counter{Name: dropCounter(why)})
 	}
 	o.write(tx, objects{})
 	addRules(tx, Chain, gate())

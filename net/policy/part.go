@@ -44,8 +44,11 @@ const patience = 20 * time.Second
 // NewPart makes the policies of an agent.
 func NewPart(opts PartOptions) *Part { return &Part{opts: opts, pods: map[string]Pod{}} }
 
-// Name is "policies".
-func (p *Part) Name() string { return "policies" }
+// PartName is the policies' in a status.
+const PartName = "policies"
+
+// Name is PartName.
+func (p *Part) Name() string { return PartName }
 
 // Controller is how Kubernetes' pods and policies come in; nil before Start.
 func (p *Part) Controller() *Controller {
@@ -165,10 +168,20 @@ func (p *Part) Refresh() error { return nil }
 
 // Status is a Status.
 func (p *Part) Status() any {
-	if c := p.Controller(); c != nil {
-		return c.Status()
+	p.mu.Lock()
+	c, e := p.control, p.enforcer
+	p.mu.Unlock()
+	if c == nil {
+		return Status{}
 	}
-	return Status{}
+	s := c.Status()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	var err error
+	if s.Dropped, err = e.Dropped(ctx); err != nil {
+		s.Problems = append(s.Problems, err.Error())
+	}
+	return s
 }
 
 // Problems are what is wrong now.
