@@ -15,6 +15,15 @@ func (a *Agent) server() *http.Server {
 		s, err := a.status()
 		answer(w, s, err)
 	})
+	mux.HandleFunc("GET "+control.TracePath, func(w http.ResponseWriter, r *http.Request) {
+		f, err := control.ParseFlow(r.FormValue("flow"))
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		t, err := a.trace(f)
+		answer(w, t, err)
+	})
 	mux.HandleFunc("POST "+control.PodsPath, func(w http.ResponseWriter, r *http.Request) {
 		var p control.Pod
 		err := json.NewDecoder(r.Body).Decode(&p)

@@ -75,8 +75,11 @@ var GatewayMAC = peers.MAC{0x0e, 0x6c, 0, 0, 0, 1}
 // Peer is a remote node as the agent sees it.
 type Peer struct {
 	peers.Lease
-	State string `json:"state"` // "ok", or what is missing
+	State string `json:"state"` // PeerOK, or what is missing
 }
+
+// PeerOK is the state of a peer to which everything leads that should.
+const PeerOK = "ok"
 
 // Status is what an agent tells of itself.
 type Status struct {
@@ -96,6 +99,12 @@ type Status struct {
 	Repaired  []Repair       `json:"repaired"`
 	Problems  []string       `json:"problems"` // what is wrong now
 	Parts     map[string]any `json:"parts"`    // what the fast path and the policies tell
+}
+
+// Part decodes what a part tells into v, and says whether there is such a part.
+func (s *Status) Part(name string, v any) bool {
+	b, err := json.Marshal(s.Parts[name])
+	return err == nil && string(b) != "null" && json.Unmarshal(b, v) == nil
 }
 
 // Underlay is the interface that the node's address is on.

@@ -53,8 +53,11 @@ func NewPart(o PartOptions) *Part {
 	return &Part{opts: o}
 }
 
-// Name is "fastpath".
-func (p *Part) Name() string { return "fastpath" }
+// PartName is the fast path's in a status.
+const PartName = "fastpath"
+
+// Name is PartName.
+func (p *Part) Name() string { return PartName }
 
 // Start attaches to the underlay and serves the nodes there are; pods follow by PodAdded.
 func (p *Part) Start(o *overlay.Overlay) error {

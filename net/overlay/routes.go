@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 
+	"lamina/net/control"
 	"lamina/net/peers"
 	"lamina/net/podlink"
 
@@ -182,7 +183,7 @@ func (o *Overlay) podState() (s podState, err error) {
 	return s, nil
 }
 
-// PeerState says what is missing of a peer's entries; "ok" if nothing is.
+// PeerState says what is missing of a peer's entries; control.PeerOK if nothing is.
 func (o *Overlay) PeerState() (map[peers.Lease]string, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -222,7 +223,7 @@ func (o *Overlay) PeerState() (map[peers.Lease]string, error) {
 		case !known[fmt.Sprint(unix.AF_BRIDGE, net.IP(l.Node.AsSlice()), mac)]:
 			states[l] = "no FDB entry"
 		default:
-			states[l] = "ok"
+			states[l] = control.PeerOK
 		}
 	}
 	return states, nil

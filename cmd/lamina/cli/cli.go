@@ -71,7 +71,7 @@ func Main(argv []string) int {
 // usageStatus is a command's exit status when its command line is wrong. It must not be taken for findings.
 func usageStatus(command string) int {
 	switch command {
-	case "fsck", "flatten", "doctor":
+	case "fsck", "flatten", "doctor", "trace":
 		return exitTrouble
 	}
 	return exitUsage
