@@ -13,10 +13,12 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"lamina/metrics/exporter"
 	"lamina/net/agent"
 	"lamina/net/control"
 	"lamina/net/fastpath"
 	"lamina/net/ipam"
+	netmetrics "lamina/net/metrics"
 	"lamina/net/overlay"
 	"lamina/net/peers"
 	"lamina/net/policy"
@@ -36,7 +38,7 @@ func netCommand() *cobra.Command {
 		Long: `Pods on many hosts in one network. Each host runs an agent (lamina net agent) and has the CNI plugin lamina-cni among its
 container runtime's plugins. What it puts on a host and how to read that is in docs/network.md.`,
 	}
-	cmd.AddCommand(netAgentCommand(), netStatusCommand())
+	cmd.AddCommand(netAgentCommand(), netStatusCommand(), netTraceCommand())
 	for _, c := range cmd.Commands() {
 		c.DisableFlagsInUseLine = true
 	}
@@ -51,6 +53,7 @@ type netAgent struct {
 	vni, port, mtu                                int
 	holdDown                                      time.Duration
 	fastpath, pins                                string
+	metrics                                       string
 }
 
 func netAgentCommand() *cobra.Command {
@@ -94,6 +97,7 @@ The configuration file is TOML whose keys are the names of the flags; what is on
 	fs.DurationVar(&a.holdDown, "hold-down", ipam.HoldDown, "how long the address of a deleted pod is given to no other")
 	fs.StringVar(&a.fastpath, "fastpath", "auto", "let established connections bypass the ordinary path: auto, where the kernel can; on, or do not start; off")
 	fs.StringVar(&a.pins, "pins", fastpath.Pins, "where the fast path's maps and links are pinned: a directory in a bpffs, which is mounted above it if nobody has")
+	fs.StringVar(&a.metrics, "metrics", "", "where to answer Prometheus at /metrics: HOST:PORT, or unix:PATH for a socket of root's alone; empty: nowhere")
 	fs.StringVar(&a.socket, "socket", control.Socket, "the unix socket for lamina-cni and lamina net status")
 	fs.StringVar(&a.state, "state", control.StateDir, "the directory for what must survive a reboot")
 	return cmd
@@ -146,10 +150,39 @@ func (a *netAgent) run() error {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
 	signal.Ignore(unix.SIGHUP, unix.SIGPIPE)
+	ended, err := a.serveMetrics(ctx, c.Logf)
+	if err != nil {
+		return err
+	}
+	defer func() { stop(); <-ended }()
 	return agent.Run(ctx, c, func() {
 		c.Logf("in order")
 		_, _ = daemon.SdNotify(true, daemon.SdNotifyReady) // systemd, if it waits for that
 	})
+}
+
+// serveMetrics answers Prometheus until ctx is done; then ended is closed.
+func (a *netAgent) serveMetrics(ctx context.Context, logf func(string, ...any)) (ended chan struct{}, err error) {
+	ended = make(chan struct{})
+	if a.metrics == "" {
+		close(ended)
+		return ended, nil
+	}
+	l, err := exporter.Listen(a.metrics)
+	if err != nil {
+		return nil, fmt.Errorf("--metrics: %w", err)
+	}
+	failed := func(err error) { logf("metrics: %v", err) }
+	client := control.NewClient(a.socket)
+	handler := exporter.Handler(netmetrics.New(Version(), client.Status, failed), "this node's pod network", failed)
+	go func() {
+		defer close(ended)
+		defer client.Close()
+		if err := exporter.Serve(ctx, l, handler); err != nil {
+			failed(err)
+		}
+	}()
+	return ended, nil
 }
 
 func (a *netAgent) agentConfig() (c agent.Config, err error) {
