@@ -10,7 +10,7 @@ DOCKERD     ?= github.com/moby/moby/v2/cmd/dockerd@v2.0.0-beta.24
 # Packages whose tests run under the race detector: the ones that share memory between goroutines on a hot path.
 RACE = ./block/... ./union/...
 
-.PHONY: help build test power demo bench lint fuzz package install uninstall clean
+.PHONY: help build test power docker systemd demo bench lint fuzz package install uninstall clean
 .DEFAULT_GOAL := build
 
 help:
@@ -18,6 +18,8 @@ help:
 	@echo 'make demo       a first look: a database of an image, on Lamina and on kernel overlayfs, side by side'
 	@echo 'make test       all tests'
 	@echo 'make power      power cuts of real filesystems, many more than in make test'
+	@echo 'make docker     Docker Engine, built here, on Lamina'
+	@echo 'make systemd    the package in a new Debian 12 that is booted for it'
 	@echo 'make fuzz       every fuzzer for FUZZTIME ($(FUZZTIME))'
 	@echo 'make lint       gofmt, vet, staticcheck'
 	@echo 'make bench      lamina bench $$(BENCHFLAGS), with what it measures against'
@@ -46,6 +48,11 @@ docker: build
 	GOBIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) install -trimpath -tags exclude_graphdriver_btrfs $(DOCKERD)
 	@scripts/own.sh docker $(GO) test -count=1 -timeout 20m -v -tags docker ./tests/containerd -run Docker -dockerd $(CURDIR)/bin/dockerd -containerd $(CURDIR)/bin/containerd2
 
+# A new Debian 12 with its own systemd, from Debian's mirror, in which the package is installed and the README's lines are said.
+systemd: build
+	@scripts/ensure.sh systemd
+	@scripts/own.sh systemd $(GO) test -count=1 -timeout 20m -v -tags systemd ./tests/systemd
+
 demo: build
 	@scripts/ensure.sh demo
 	@scripts/demo
@@ -60,6 +67,7 @@ lint:
 	@files=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$files" ]; then echo "gofmt -w these:"; echo "$$files"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) vet -tags docker ./tests/containerd
+	$(GO) vet -tags systemd ./tests/systemd
 	$(GO) run $(STATICCHECK) ./...
 
 fuzz:

@@ -121,6 +121,25 @@ func (in *Mount) Flushing() bool { return in.flushing.Load() }
 // Unmount takes the mount away. EBUSY: somebody uses it; nothing has changed. It does not wait for the flush.
 func (in *Mount) Unmount() error { return in.server.Unmount() }
 
+// Ending is said when the mount is to go. Somebody may use it still, here or in another mount namespace, and this process may
+// be killed with him, as at the end of a machine that shuts down. So what was written is put on disk now, and every later write
+// before it is answered.
+func (in *Mount) Ending() {
+	in.fs.WriteThrough()
+	go func() {
+		select {
+		case <-in.gone: // everything is flushed, or discarded
+			return
+		case <-time.After(100 * time.Millisecond):
+		}
+		if err := in.Sync(); err != nil {
+			in.Logf("%v", err)
+			return
+		}
+		in.Logf("%s: in use: what was written is on disk, and from now on every write is before it is answered", in.Mountpoint)
+	}()
+}
+
 // Sync puts everything that was written on disk, with the mount in use or not. What could not be is kept and tried again.
 func (in *Mount) Sync() error {
 	if err := in.fs.Sync(); err != nil {

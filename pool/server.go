@@ -575,6 +575,10 @@ func (s *Server) End() {
 	s.closed = true
 	s.mu.Unlock()
 	for _, mnt := range s.list() {
+		if sl, err := s.mounted(mnt); err == nil {
+			sl.m.Ending()
+			s.release(mnt, sl)
+		}
 		err := s.unmount(Request{Mountpoint: mnt})
 		if errors.Is(err, unix.EBUSY) {
 			s.c.Logf("%v: detaching it; it is served until the last user is gone", err)

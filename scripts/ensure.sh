@@ -9,10 +9,11 @@ test="fio:fio setfattr:attr setfacl:acl mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs mk
 setcap:libcap2-bin sqlite3:sqlite3 losetup:mount tar:tar gcc:gcc unshare:util-linux setpriv:util-linux git:git tmux:tmux systemd-analyze:systemd \
 mariadbd:mariadb-server-core mariadb:mariadb-client-core sysbench:sysbench \
 containerd:containerd runc:runc busybox:busybox-static podman:podman buildah:buildah newuidmap:uidmap nsenter:util-linux stress-ng:stress-ng \
-nft:nftables ip:iproute2 bridge:iproute2 nstat:iproute2 conntrack:conntrack"
+nft:nftables ip:iproute2 bridge:iproute2 nstat:iproute2 conntrack:conntrack ping:iputils-ping"
 bench="mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs losetup:mount findmnt:util-linux fuse-overlayfs:fuse-overlayfs \
 fio:fio sqlite3:sqlite3 git:git tar:tar mariadbd:mariadb-server-core mariadb:mariadb-client-core sysbench:sysbench \
 containerd:containerd runc:runc busybox:busybox-static nginx:nginx-light"
+systemd="systemd-nspawn:systemd-container debootstrap:debootstrap busybox:busybox-static"
 demo="sqlite3:sqlite3 mkfs.ext4:e2fsprogs losetup:mount"
 
 case "${1:-}" in
@@ -20,7 +21,8 @@ build) want=$build ;;
 test) want=$test ;;
 bench) want=$bench ;;
 demo) want=$demo ;;
-*) echo "usage: ensure.sh build|test|bench|demo" >&2; exit 2 ;;
+systemd) want=$systemd ;;
+*) echo "usage: ensure.sh build|test|bench|demo|systemd" >&2; exit 2 ;;
 esac
 
 PATH=$PATH:/usr/sbin:/sbin:/usr/local/go/bin

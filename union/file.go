@@ -63,11 +63,15 @@ func (fs *FS) Open(n *Node, flags uint32) (*Handle, error) {
 		}
 	}
 	h := &Handle{n: n, flags: flags}
+	var err error
 	if flags&unix.O_TRUNC != 0 {
-		if err := h.truncate(0); err != nil {
-			h.Release()
-			return nil, err
-		}
+		err = h.truncate(0)
+	} else if flags&writing != 0 {
+		err = h.writeThrough() // a small file that was copied whole may be written past us from now on
+	}
+	if err != nil {
+		h.Release()
+		return nil, err
 	}
 	return h, nil
 }
@@ -411,7 +415,23 @@ func (h *Handle) WriteAt(p []byte, off int64, killPriv bool) (int, error) {
 			return 0, err
 		}
 	}
-	return c.file.WriteAt(p, off)
+	wrote, err := c.file.WriteAt(p, off)
+	if err := h.writeThrough(); err != nil {
+		return 0, err
+	}
+	return wrote, err
+}
+
+// writeThrough ends every change of a file's bytes: see FS.WriteThrough. What passes through to the upper file, or always
+// did, needs nothing.
+func (h *Handle) writeThrough() error {
+	if !h.n.fs.through.Load() {
+		return nil
+	}
+	if c := h.n.cur.Load(); c.file != nil && c.file.Sketch() {
+		return c.file.Sync(false)
+	}
+	return nil
 }
 
 // Sync makes what was written through any handle of the file durable, with the names that copy-up made for it.
@@ -432,7 +452,10 @@ func (h *Handle) Fallocate(mode uint32, off, n int64) error {
 	if c.file == nil {
 		return unix.EBADF
 	}
-	return c.file.Fallocate(mode, off, n)
+	if err := c.file.Fallocate(mode, off, n); err != nil {
+		return err
+	}
+	return h.writeThrough()
 }
 
 // Seek is lseek(2) with SEEK_DATA or SEEK_HOLE.
@@ -486,7 +509,11 @@ func (fs *FS) CopyRange(src *Handle, srcOff int64, dst *Handle, dstOff, n int64)
 	if from.file != nil {
 		r = from.file
 	}
-	return to.file.CopyFrom(dstOff, r, srcOff, n)
+	copied, err := to.file.CopyFrom(dstOff, r, srcOff, n)
+	if err := dst.writeThrough(); err != nil {
+		return 0, err
+	}
+	return copied, err
 }
 
 func (h *Handle) truncate(size int64) error {
@@ -495,7 +522,10 @@ func (h *Handle) truncate(size int64) error {
 		return err
 	}
 	now := nowTimespec()
-	return c.file.SetTimes(unix.Timespec{Nsec: unix.UTIME_OMIT}, now)
+	if err := c.file.SetTimes(unix.Timespec{Nsec: unix.UTIME_OMIT}, now); err != nil {
+		return err
+	}
+	return h.writeThrough()
 }
 
 // BackingKind says what a handle's descriptor stands for.

@@ -42,7 +42,8 @@ type FS struct {
 	bornUID, bornGID uint32          // who owns what the server makes in the workdir
 	noClone          []atomic.Uint32 // by lower layer: the errno with which it refused to be cloned from, for good
 	closing          atomic.Bool
-	noTmpfile        bool // the upper's filesystem knows no O_TMPFILE
+	through          atomic.Bool // see WriteThrough
+	noTmpfile        bool        // the upper's filesystem knows no O_TMPFILE
 	spares           spares
 	discards         discards
 
@@ -236,6 +237,11 @@ func (fs *FS) Sync() error {
 	}
 	return unix.Syncfs(fs.upper.RootFD())
 }
+
+// WriteThrough makes every later change of a file's bytes durable before it is answered. With a Sync after it the end of this
+// process takes nothing with it that the end of a program would not take from a filesystem of the kernel. A volatile union
+// has nothing to lose.
+func (fs *FS) WriteThrough() { fs.through.Store(!fs.cfg.Volatile) }
 
 // Engine gives the block engine, for statistics.
 func (fs *FS) Engine() *block.Engine { return fs.cfg.Engine }

@@ -14,6 +14,7 @@ import (
 func init() { runtime.LockOSThread() }
 
 func main() {
+	_ = os.WriteFile("/proc/self/comm", []byte("lamina"), 0) // or ps and systemd call those that we start ourselves "exe"
 	status := make(chan int)
 	go func() { status <- cli.Main(os.Args) }()
 	os.Exit(<-status)

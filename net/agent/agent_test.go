@@ -197,12 +197,20 @@ func state(n *cluster.Node) string {
 				_, lines[i], _ = strings.Cut(line, ":")
 			}
 		}
-		if words[0] != "nft" {
-			slices.Sort(lines)
+		if words[0] == "nft" {
+			lines = blocks(lines)
 		}
+		slices.Sort(lines)
 		all = append(all, fmt.Sprintf("%s (%v)\n%s", command, err, strings.Join(lines, "\n")))
 	}
 	return strings.Join(all, "\n")
+}
+
+// blocks are the sets, maps and chains in a table's listing. The kernel lists them as they were made, which after a repair is
+// in another order.
+func blocks(lines []string) []string {
+	inside := slices.DeleteFunc(lines, func(line string) bool { return line != "" && !strings.HasPrefix(line, "\t") })
+	return strings.Split(strings.Trim(strings.Join(inside, "\n"), "\n"), "\n\n")
 }
 
 // Peers come and go with the file; a file that cannot be used changes nothing.

@@ -8,9 +8,9 @@
 //	egress_learn   NIC, egress                           learns the header to a node and that a flow may leave
 //	ingress_learn  host's end of a pod's veth, egress    learns that a flow may arrive
 //
-// A packet that cannot be served is marked ([MarkMiss] and the low bits of the generation) and goes the ordinary way. One
-// rule of nftables, after the policies (package overlay), ors [MarkEstablished] into the marks of established flows. The
-// learn programs believe packets that have both. The published prototype uses bits of the DSCP for this; a mark is zero in
+// A packet that cannot be served is marked ([MarkMiss] and the low bits of the generation) and goes the ordinary way. Rules
+// of nftables, after the policies (package overlay), or [MarkEstablished] into the marks of established flows, and of UDP
+// that nobody has answered yet from its second packet on, so that single questions do not fill the caches. The learn programs believe packets that have both. The published prototype uses bits of the DSCP for this; a mark is zero in
 // the pod and on the wire, so nothing leaks and nobody can forge it.
 //
 // # Records
@@ -28,8 +28,10 @@
 //
 // # Never wrong
 //
-// A packet is served only if both directions of its flow have a valid verdict (reverse check) and its own verdict's lease is
-// running. A lease is renewed by the ordinary path: every few seconds one packet of a direction goes there, which keeps
+// A packet is served only if its own direction has a valid verdict whose lease is running and, for TCP, the other direction
+// has a valid one too (reverse check): conntrack has seen both. UDP may have one direction only. What keeps that from
+// hiding a flow for ever is the lease: conntrack sees a packet of each direction every few seconds, long before it would
+// forget even a flow that nobody answers (nf_conntrack_udp_timeout, 30 s), and so knows an answer when it comes. A lease is renewed by the ordinary path: every few seconds one packet of a direction goes there, which keeps
 // conntrack alive, finds out that conntrack has forgotten the flow, and brings new headers when a MAC of the underlay has
 // changed. Fragments, IP options, SYN, FIN, RST, what is larger than the MTU, what would expire on the way, other protocols,
 // other VNIs and other ports take the ordinary path, and so does everything while the agent's heartbeat is missing.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"lamina/net/lab/traffic"
+	"lamina/net/ns"
 
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -341,6 +342,80 @@ func TestChange(t *testing.T) {
 		})
 		if lost != 0 {
 			t.Errorf("%d datagrams of a flow that is allowed were lost", lost)
+		}
+	}
+}
+
+// UDP takes the fast path in one direction by itself: before anybody answers, and after a change that happens when nobody
+// does any more. A policy that forbids it holds, and an answer is one for conntrack however late it comes.
+func TestOneWay(t *testing.T) {
+	a, b := newHosts(t, func(o *Options) { o.UDPLease = 200 * time.Millisecond })
+	client, server := a.addPod(2, true), b.addPod(2, true)
+	var in net.PacketConn
+	must(t, ns.Do(server.h, func() (err error) { in, err = net.ListenPacket("udp4", b.at(2, 9).String()); return err }))
+	defer in.Close()
+	out := dial(t, client.h, "udp4", b.at(2, 9))
+	buf := make([]byte, 16)
+	arrives := func() bool {
+		if _, err := out.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		in.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+		_, _, err := in.ReadFrom(buf)
+		return err == nil
+	}
+	served := func() bool {
+		was := [2]Counters{a.counters(), b.counters()}
+		ok := all(3, arrives)
+		return ok && a.counters().Sub(was[0])[Egress][Hit] > 1 && b.counters().Sub(was[1])[Ingress][Hit] > 1
+	}
+	was := a.counters()
+	if !arrives() {
+		t.Fatal("nothing arrived")
+	}
+	if n := a.counters().Sub(was); n[EgressLearn][Learned] != 0 {
+		t.Error("learned from a single packet")
+	}
+	eventually(t, "hits of what nobody answers", served)
+	was = a.counters()
+	time.Sleep(300 * time.Millisecond)
+	eventually(t, "a lease that is renewed", func() bool { return arrives() && a.counters().Sub(was)[EgressLearn][Confirmed] > 0 })
+	eventually(t, "hits", served)
+
+	forbid := Change{Pods: []netip.Addr{b.podAddr(2)}, Apply: func() error {
+		run(t, b.h, "nft add rule inet lamina policies udp dport 9 drop")
+		return nil
+	}}
+	must(t, b.path.Change(forbid))
+	if arrives() || arrives() || arrives() {
+		t.Error("what a policy forbids arrived")
+	}
+	run(t, b.h, "nft flush chain inet lamina policies")
+	eventually(t, "hits when it is allowed again", served)
+
+	// The answer must be one: a policy of its own forbids the server to begin anything.
+	run(t, b.h, "nft add rule inet lamina policies ct state new ip saddr "+b.podAddr(2).String()+" drop")
+	run(t, a.h, "nft add rule inet lamina policies ct state new ip daddr "+a.podAddr(2).String()+" drop")
+	in.SetReadDeadline(time.Now().Add(time.Second))
+	out.Write([]byte("x"))
+	_, from, err := in.ReadFrom(buf)
+	must(t, err)
+	in.WriteTo([]byte("y"), from)
+	out.SetReadDeadline(time.Now().Add(time.Second))
+	if _, err := out.Read(buf); err != nil || buf[0] != 'y' {
+		t.Errorf("the answer: %v", err)
+	}
+	for _, h := range []*host{a, b} { // everything learned is void, and the server is silent from here on
+		must(t, h.path.Change(Change{All: true, Keep: func(Flow) bool { return true }}))
+	}
+	eventually(t, "hits after a change, with the other direction silent", served)
+	for _, h := range []*host{a, b} {
+		tr, err := h.path.Trace(map[*host]Flow{
+			a: {unix.IPPROTO_UDP, netip.MustParseAddrPort(out.LocalAddr().String()), b.at(2, 9)},
+			b: {unix.IPPROTO_UDP, b.at(2, 9), netip.MustParseAddrPort(out.LocalAddr().String())},
+		}[h])
+		if got := map[*host]Reason{a: tr.Egress, b: tr.Ingress}[h]; err != nil || got != Hit && got != LeaseOver {
+			t.Errorf("Trace: %+v %v", tr, err)
 		}
 	}
 }

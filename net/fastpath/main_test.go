@@ -24,6 +24,13 @@ var tcx = probe.Feature{Name: "TCX", Version: [2]int{6, 6}, Probe: func(string) 
 	return supported()
 }}
 
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // newNS makes a network namespace that ends with the test.
 func newNS(t testing.TB) netns.NsHandle {
 	t.Helper()

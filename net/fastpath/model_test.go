@@ -225,7 +225,7 @@ func (s *state) egress(k skb) outcome {
 	if why := known(f.out, f.outTorn, since); why != Hit {
 		return s.miss(k, why)
 	}
-	if why := known(f.in, f.inTorn, since); why != Hit {
+	if why := known(f.in, f.inTorn, since); why != Hit && p.proto != unix.IPPROTO_UDP {
 		return s.miss(k, why)
 	}
 	if f.outStale {
@@ -315,7 +315,7 @@ func (s *state) ingress(k skb) outcome {
 	since := max(s.since, s.podSince)
 	why = Hit
 	if ok && !first {
-		if why = known(f.in, f.inTorn, since); why == Hit {
+		if why = known(f.in, f.inTorn, since); why == Hit && p.proto != unix.IPPROTO_UDP {
 			why = known(f.out, f.outTorn, since)
 		}
 	}
@@ -339,7 +339,7 @@ func (s *state) ingress(k skb) outcome {
 	}
 	h := s.headers[src]
 	switch {
-	case h.generation == 0 || older(h.generation, s.since):
+	case p.proto != unix.IPPROTO_UDP && (h.generation == 0 || older(h.generation, s.since)):
 		return s.miss(k, NoHeader)
 	case f.inStale:
 		return s.miss(k, LeaseOver)

@@ -159,7 +159,7 @@ func (p *Path) traceVerdicts(t *Trace, key bpfFlow, rec bpfFilter, since uint32)
 	judge := func(name string, v verdict) (known, over Reason) {
 		switch {
 		case v.Generation == 0:
-			t.step(name, OneSided, "map filters: never seen established and allowed")
+			t.step(name, OneSided, "map filters: never seen allowed")
 			return OneSided, Hit
 		case verdictTag(&v, k) != v.Tag:
 			known = Torn
@@ -170,7 +170,7 @@ func (p *Path) traceVerdicts(t *Trace, key bpfFlow, rec bpfFilter, since uint32)
 		if age >= time.Duration(lease) {
 			over = LeaseOver
 		}
-		t.step(name, first(known, over), "map filters: seen established and allowed %s ago in generation %d, for %s", age.Round(time.Millisecond), v.Generation, time.Duration(lease))
+		t.step(name, first(known, over), "map filters: seen allowed %s ago in generation %d, for %s", age.Round(time.Millisecond), v.Generation, time.Duration(lease))
 		return known, over
 	}
 	out, outOver := judge("outward", rec.out())
@@ -187,11 +187,15 @@ func (p *Path) traceVerdicts(t *Trace, key bpfFlow, rec bpfFilter, since uint32)
 		bulk = Segments
 		t.step("segments", Segments, "map filters: the latest large packet came %s ago", time.Duration(age).Round(time.Millisecond))
 	}
+	egress, ingress := first(out, in, outOver, outHeader), first(in, out, inHeader, inOver, bulk)
+	if key.Protocol == unix.IPPROTO_UDP { // each direction by itself
+		egress, ingress = first(out, outOver, outHeader), first(in, inOver, bulk)
+	}
 	if t.Egress == Hit {
-		t.Egress = first(out, in, outOver, outHeader)
+		t.Egress = egress
 	}
 	if t.Ingress == Hit {
-		t.Ingress = first(in, out, inHeader, inOver, bulk)
+		t.Ingress = ingress
 	}
 }
 

@@ -18,7 +18,7 @@ import (
 const (
 	MarkGeneration  = 0x0ff // these bits of the fast path's generation go with MarkMiss
 	MarkMiss        = 0x100 // a program of the fast path has let the packet go the ordinary way
-	MarkEstablished = 0x200 // and its connection is established and allowed
+	MarkEstablished = 0x200 // and its connection is allowed, and established or UDP's
 	MarkHairpin     = 0x400 // it goes back to the pod it comes from
 )
 
@@ -83,6 +83,8 @@ func (t *table) chains() []chain {
 				{`jump ` + PolicyChain, "policies"},
 				{fmt.Sprintf(`ct state established meta mark and %#x == %#x meta mark set meta mark or %#x`, uint32(0xffffffff)&^MarkGeneration, MarkMiss, MarkEstablished),
 					"what the fast path may learn"},
+				{fmt.Sprintf(`meta l4proto udp ct state new ct status confirmed meta mark and %#x == %#x meta mark set meta mark or %#x`, uint32(0xffffffff)&^MarkGeneration, MarkMiss, MarkEstablished),
+					"and from the second packet of what nobody has answered yet"},
 			},
 		},
 		{

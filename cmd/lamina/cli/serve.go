@@ -77,6 +77,7 @@ func onSignal(m *pool.Mount, lg *logger, sig os.Signal, detached bool) bool {
 		}
 		return true
 	}
+	m.Ending()
 	err := m.Unmount()
 	if errors.Is(err, unix.EINVAL) {
 		lg.infof("%s: %v: it is detached already, and served until the last user is gone, or until the next signal", mnt, sig)

@@ -285,6 +285,13 @@ static __always_inline enum reason known(const struct verdict *v, __u64 key, __u
 	return HIT;
 }
 
+// two_way says whether a flow has packets in both directions. A flow of UDP need not: its directions are served each by
+// itself, and their leases show conntrack that it is alive.
+static __always_inline bool two_way(const struct flow *f)
+{
+	return f->protocol != IPPROTO_UDP;
+}
+
 static __always_inline bool lease_over(const struct verdict *v, const struct control *c, __u8 protocol, __u64 now)
 {
 	__u64 lease = protocol == IPPROTO_TCP ? c->tcp_lease : c->udp_lease;
@@ -391,7 +398,7 @@ int egress(struct __sk_buff *skb)
 	since = younger(pod.since, c->since);
 	key = flow_key(&p.flow, c->secret);
 	why = known(&out, key, since);
-	if (!why)
+	if (!why && two_way(&p.flow))
 		why = known(&in, key, since); // the reverse check
 	if (!why && lease_over(&out, c, p.flow.protocol, now))
 		why = LEASE_OVER;
@@ -505,14 +512,14 @@ int ingress(struct __sk_buff *skb)
 	since = younger(pod.since, c->since);
 	key = flow_key(&p.flow, c->secret);
 	why = known(&in, key, since);
-	if (!why)
+	if (!why && two_way(&p.flow))
 		why = known(&out, key, since); // the reverse check
 	if (why == HIT) {
 		slot = in.node;
 		node = bpf_map_lookup_elem(&nodes, &slot);
 		if (!node || !same_addr(&node->addr, &from))
 			return counted(INGRESS, WRONG_NODE);
-		if (voided(node->header.generation, c->since))
+		if (two_way(&p.flow) && voided(node->header.generation, c->since))
 			why = NO_HEADER;
 		else if (lease_over(&in, c, p.flow.protocol, now))
 			why = LEASE_OVER;

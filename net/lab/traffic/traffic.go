@@ -65,13 +65,16 @@ func (r Run) Do(ctx context.Context) (Result, error) {
 			r.Size = 65536
 		}
 	}
-	m := &measurement{Run: r, done: make(chan struct{})}
+	m := &measurement{Run: r, begin: make(chan struct{}), done: make(chan struct{})}
 	return m.do(ctx)
 }
 
 type measurement struct {
 	Run
-	done chan struct{}
+	connected sync.WaitGroup
+	begin     chan struct{} // closed when all clients are connected or have failed to: a lost SYN alone takes a second
+	end       time.Time     // to be read after begin
+	done      chan struct{}
 
 	mu      sync.Mutex
 	latency []time.Duration
@@ -89,10 +92,14 @@ func (m *measurement) do(ctx context.Context) (Result, error) {
 	}
 	var servers, clients sync.WaitGroup
 	servers.Go(func() { m.thread(lastCPU(), func() error { return m.serve(listener, &servers) }) })
-	before, start := busy(), time.Now()
+	m.connected.Add(m.Flows)
 	for range m.Flows {
-		clients.Go(func() { m.thread(0, func() error { return m.client(start.Add(m.Duration), ctx) }) })
+		clients.Go(func() { m.thread(0, func() error { return m.client(ctx) }) })
 	}
+	m.connected.Wait()
+	before, start := busy(), time.Now()
+	m.end = start.Add(m.Duration)
+	close(m.begin)
 	clients.Wait()
 	elapsed := time.Since(start)
 	cpu := busy() - before
@@ -285,24 +292,29 @@ func (m *measurement) connect() (int, error) {
 	return fd, nil
 }
 
-func (m *measurement) client(end time.Time, ctx context.Context) error {
-	if m.Kind == TCPCRR {
-		return m.connections(end, ctx)
-	}
+func (m *measurement) client(ctx context.Context) error {
 	fd, err := m.connect()
+	if err == nil && m.Kind == TCPCRR { // it has brought the way up; the server serves one at a time
+		unix.Close(fd)
+	}
+	m.connected.Done()
 	if err != nil {
 		return err
 	}
+	<-m.begin
+	if m.Kind == TCPCRR {
+		return m.connections(ctx)
+	}
 	defer unix.Close(fd)
 	if m.Kind == TCPStream || m.Kind == UDPRate {
-		return m.push(fd, end, ctx)
+		return m.push(fd, ctx)
 	}
 	buf := make([]byte, m.Size)
 	latency := make([]time.Duration, 0, 1<<16)
 	var n uint64
 	defer func() { m.add(n, latency) }()
-	for now := time.Now(); now.Before(end) && ctx.Err() == nil; {
-		if err := m.transaction(fd, buf, end); err != nil {
+	for now := time.Now(); now.Before(m.end) && ctx.Err() == nil; {
+		if err := m.transaction(fd, buf); err != nil {
 			return err
 		}
 		then := time.Now()
@@ -314,7 +326,7 @@ func (m *measurement) client(end time.Time, ctx context.Context) error {
 }
 
 // transaction sends a request and waits for all of its answer. A lost datagram is sent again.
-func (m *measurement) transaction(fd int, buf []byte, end time.Time) error {
+func (m *measurement) transaction(fd int, buf []byte) error {
 	if _, err := unix.Write(fd, buf); err != nil {
 		return fmt.Errorf("request: %w", err)
 	}
@@ -322,7 +334,7 @@ func (m *measurement) transaction(fd int, buf []byte, end time.Time) error {
 		n, err := unix.Read(fd, buf[got:])
 		switch {
 		case waited(err):
-			if time.Now().After(end.Add(5 * time.Second)) {
+			if time.Now().After(m.end.Add(5 * time.Second)) {
 				return errors.New("no answer")
 			}
 			if !m.tcp() {
@@ -339,17 +351,17 @@ func (m *measurement) transaction(fd int, buf []byte, end time.Time) error {
 	return nil
 }
 
-func (m *measurement) connections(end time.Time, ctx context.Context) error {
+func (m *measurement) connections(ctx context.Context) error {
 	var n uint64
 	var latency []time.Duration
 	defer func() { m.add(n, latency) }()
 	buf := make([]byte, m.Size)
-	for now := time.Now(); now.Before(end) && ctx.Err() == nil; {
+	for now := time.Now(); now.Before(m.end) && ctx.Err() == nil; {
 		fd, err := m.connect()
 		if err != nil {
 			return err
 		}
-		err = m.transaction(fd, buf, end)
+		err = m.transaction(fd, buf)
 		// A reset leaves no TIME_WAIT, of which there would be more than ports.
 		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 		unix.Close(fd)
@@ -364,10 +376,10 @@ func (m *measurement) connections(end time.Time, ctx context.Context) error {
 	return nil
 }
 
-func (m *measurement) push(fd int, end time.Time, ctx context.Context) error {
+func (m *measurement) push(fd int, ctx context.Context) error {
 	buf := make([]byte, m.Size)
 	for i := 0; ; i++ {
-		if i%64 == 0 && (time.Now().After(end) || ctx.Err() != nil) {
+		if i%64 == 0 && (time.Now().After(m.end) || ctx.Err() != nil) {
 			return nil
 		}
 		if _, err := unix.Write(fd, buf); err != nil && !waited(err) && !errors.Is(err, unix.ENOBUFS) {
