@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"lamina/inventory"
+	"lamina/top/live"
 )
 
 // Row is what one mount did in an interval. Rates are by second.
@@ -48,24 +49,16 @@ func (s *Sampler) Next(at time.Time, mounts []inventory.Mount) []Row {
 		r := Row{Mountpoint: m.Mountpoint, Device: m.Device, PID: m.PID, Container: m.Container, Flushing: m.Flushing, NotCopied: m.BytesNotCopied,
 			InTransit: m.Blocks.InTransit, Queue: m.Queue, AllErrors: m.Errors, Damaged: m.Damaged}
 		if before, known := s.last[key]; known && seconds > 0 {
-			r.Requests = rate(requests(&before), requests(&m), seconds)
-			r.Read = rate(before.FUSE.BytesRead, m.FUSE.BytesRead, seconds)
-			r.Written = rate(before.FUSE.BytesWritten, m.FUSE.BytesWritten, seconds)
-			r.Copied = rate(uint64(before.BytesCopied), uint64(m.BytesCopied), seconds)
-			r.Errors = rate(before.Errors, m.Errors, seconds)
+			r.Requests = live.Rate(requests(&before), requests(&m), seconds)
+			r.Read = live.Rate(before.FUSE.BytesRead, m.FUSE.BytesRead, seconds)
+			r.Written = live.Rate(before.FUSE.BytesWritten, m.FUSE.BytesWritten, seconds)
+			r.Copied = live.Rate(uint64(before.BytesCopied), uint64(m.BytesCopied), seconds)
+			r.Errors = live.Rate(before.Errors, m.Errors, seconds)
 		}
 		rows = append(rows, r)
 	}
 	s.at, s.last = at, seen
 	return rows
-}
-
-// rate is that of a counter; one that a new server began again has none.
-func rate(before, now uint64, seconds float64) float64 {
-	if now < before {
-		return 0
-	}
-	return float64(now-before) / seconds
 }
 
 // Key is what rows are sorted by.

@@ -4,7 +4,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"unicode"
+
+	"lamina/top/live"
 
 	"github.com/jedib0t/go-pretty/v6/text"
 )
@@ -17,15 +18,15 @@ type figure struct {
 }
 
 var figures = []figure{
-	{"REQ/S", 2, func(r *Row) string { return count(r.Requests) }},
-	{"READ/S", 0, func(r *Row) string { return size(r.Read) }},
-	{"WRITE/S", 0, func(r *Row) string { return size(r.Written) }},
-	{"AVOIDED", 0, func(r *Row) string { return size(float64(r.NotCopied)) }},
-	{"COPIED/S", 4, func(r *Row) string { return size(r.Copied) }},
-	{"TRANSIT", 1, func(r *Row) string { return count(float64(r.InTransit)) }},
-	{"QUEUE", 0, func(r *Row) string { return count(float64(r.Queue)) }},
-	{"ERR/S", 0, func(r *Row) string { return count(r.Errors) }},
-	{"ERRORS", 3, func(r *Row) string { return count(float64(r.AllErrors)) }},
+	{"REQ/S", 2, func(r *Row) string { return live.Count(r.Requests) }},
+	{"READ/S", 0, func(r *Row) string { return live.Size(r.Read) }},
+	{"WRITE/S", 0, func(r *Row) string { return live.Size(r.Written) }},
+	{"AVOIDED", 0, func(r *Row) string { return live.Size(float64(r.NotCopied)) }},
+	{"COPIED/S", 4, func(r *Row) string { return live.Size(r.Copied) }},
+	{"TRANSIT", 1, func(r *Row) string { return live.Count(float64(r.InTransit)) }},
+	{"QUEUE", 0, func(r *Row) string { return live.Count(float64(r.Queue)) }},
+	{"ERR/S", 0, func(r *Row) string { return live.Count(r.Errors) }},
+	{"ERRORS", 3, func(r *Row) string { return live.Count(float64(r.AllErrors)) }},
 }
 
 // fitting are the figures for a screen of that width.
@@ -76,27 +77,17 @@ func Table(rows []Row, width int) []string {
 
 func who(r *Row) string {
 	if c := r.Container.String(); c != "" {
-		return printable(c)
+		return live.Printable(c)
 	}
 	return "-"
 }
 
 func where(r *Row) string {
-	s := printable(r.Mountpoint)
+	s := live.Printable(r.Mountpoint)
 	if r.Flushing {
 		s += " (flushing)"
 	}
 	return s
-}
-
-// printable makes a name harmless for a terminal.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
-		}
-		return unicode.ReplacementChar
-	}, s)
 }
 
 // tail keeps the end of a path, which says more than its beginning.
@@ -125,36 +116,4 @@ func firstRune(s string) (r rune, size int) {
 		r = c
 	}
 	return r, len(s)
-}
-
-// count shows a number in at most seven characters.
-func count(f float64) string {
-	switch {
-	case f == 0:
-		return "0"
-	case f < 10:
-		return fmt.Sprintf("%.1f", f)
-	case f < 1e5:
-		return fmt.Sprintf("%.0f", f)
-	}
-	return scaled(f, 1000, []string{"k", "M", "G", "T"})
-}
-
-// size shows a number of bytes in at most seven characters.
-func size(f float64) string {
-	if f < 1024 {
-		return fmt.Sprintf("%.0f", f)
-	}
-	return scaled(f, 1024, []string{"K", "M", "G", "T", "P"})
-}
-
-func scaled(f, step float64, units []string) string {
-	i := -1
-	for i < len(units)-1 && (i < 0 || f >= step) {
-		f, i = f/step, i+1
-	}
-	if f < 10 {
-		return fmt.Sprintf("%.1f%s", f, units[i])
-	}
-	return fmt.Sprintf("%.0f%s", f, units[i])
 }

@@ -9,6 +9,7 @@ import (
 	"lamina/fusefs"
 	"lamina/inventory"
 	"lamina/pool"
+	"lamina/top/live"
 
 	tea "charm.land/bubbletea/v2"
 	"github.com/jedib0t/go-pretty/v6/text"
@@ -101,18 +102,18 @@ func TestTable(t *testing.T) {
 		}
 	}
 	for f, want := range map[float64]string{0: "0", 0.25: "0.2", 9.96: "10.0", 12: "12", 99999: "99999", 123456: "123k", 1e18: "1000000T"} {
-		if got := count(f); got != want {
+		if got := live.Count(f); got != want {
 			t.Errorf("%v: %s, want %s", f, got, want)
 		}
 	}
 	for f, want := range map[float64]string{0: "0", 1023: "1023", 1024: "1.0K", 20 << 20: "20M", 1 << 60: "1024P"} {
-		if got := size(f); got != want {
+		if got := live.Size(f); got != want {
 			t.Errorf("%v: %s, want %s", f, got, want)
 		}
 	}
 }
 
-func press(s *screen, keys ...rune) (quits bool) {
+func press(s *live.Screen, keys ...rune) (quits bool) {
 	for _, k := range keys {
 		_, cmd := s.Update(tea.KeyPressMsg{Code: k, Text: string(k)})
 		if cmd != nil {
@@ -125,9 +126,8 @@ func press(s *screen, keys ...rune) (quits bool) {
 }
 
 func TestScreen(t *testing.T) {
-	s := &screen{sampler: &Sampler{}, opt: Options{Interval: time.Millisecond, Sort: ByRead}}
-	s.source = func() ([]inventory.Mount, error) { return nil, nil }
-	if got := strings.Join(s.lines(), "\n"); !strings.Contains(got, "asking") {
+	s := live.NewScreen(&View{Source: func() ([]inventory.Mount, error) { return nil, nil }, Sort: ByRead}, time.Millisecond)
+	if got := strings.Join(s.Lines(), "\n"); !strings.Contains(got, "asking") {
 		t.Errorf("before the first answer: %s", got)
 	}
 	s.Update(tea.WindowSizeMsg{Width: 120, Height: 8})
@@ -135,9 +135,9 @@ func TestScreen(t *testing.T) {
 	for i := range 20 {
 		mounts = append(mounts, mount("/m"+string(rune('a'+i)), uint64(i), 0, 0, 0))
 	}
-	s.Update(sampled{began, mounts, errors.New("one server\nhangs\x1b")})
+	s.Update(live.Sampled{At: began, Sample: mounts, Err: errors.New("one server\nhangs\x1b")})
 	screenful := func() string {
-		lines := s.lines()
+		lines := s.Lines()
 		if len(lines) != 8 {
 			t.Errorf("%d lines on a screen of 8", len(lines))
 		}
@@ -168,12 +168,12 @@ func TestScreen(t *testing.T) {
 	if got := screenful(); !strings.Contains(got, "/ma") {
 		t.Errorf("at the end:\n%s", got)
 	}
-	s.Update(sampled{began.Add(time.Second), mounts[:1], nil}) // the list got shorter than what was scrolled past
+	s.Update(live.Sampled{At: began.Add(time.Second), Sample: mounts[:1]}) // the list got shorter than what was scrolled past
 	if got := screenful(); !strings.Contains(got, "/ma") || strings.Contains(got, "hangs") {
 		t.Errorf("after it:\n%s", got)
 	}
 	press(s, '?')
-	if got := strings.Join(s.lines(), "\n"); !strings.Contains(got, "a avoided") || len(s.lines()) > 8 {
+	if got := strings.Join(s.Lines(), "\n"); !strings.Contains(got, "a avoided") || len(s.Lines()) > 8 {
 		t.Errorf("help:\n%s", got)
 	}
 	if press(s, '?', 'x', '1') || !press(s, 'q') {

@@ -112,6 +112,19 @@ var reasonTexts = [reasons]struct{ name, text string }{
 
 func (r Reason) String() string { return reasonTexts[r].name }
 
+// ParseReason knows a reason by its name in counters.
+func ParseReason(name string) (Reason, bool) {
+	for r := range reasons {
+		if reasonTexts[r].name == name {
+			return r, true
+		}
+	}
+	return 0, false
+}
+
+// Others says that the packets are none between pods of different nodes.
+func (r Reason) Others() bool { return r == NotIPv4 || r == NotLocal || r == NotRemote }
+
 // Text is the reason for people.
 func (r Reason) Text() string { return reasonTexts[r].text }
 

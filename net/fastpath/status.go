@@ -46,9 +46,7 @@ func (c Counters) Sub(before Counters) Counters {
 func (c Counters) Ratio(prog Program) float64 {
 	var all uint64
 	for r, n := range c[prog] {
-		switch Reason(r) {
-		case NotIPv4, NotLocal, NotRemote: // others' packets
-		default:
+		if !Reason(r).Others() {
 			all += n
 		}
 	}

@@ -38,7 +38,7 @@ func netCommand() *cobra.Command {
 		Long: `Pods on many hosts in one network. Each host runs an agent (lamina net agent) and has the CNI plugin lamina-cni among its
 container runtime's plugins. What it puts on a host and how to read that is in docs/network.md.`,
 	}
-	cmd.AddCommand(netAgentCommand(), netStatusCommand(), netTraceCommand())
+	cmd.AddCommand(netAgentCommand(), netStatusCommand(), netTopCommand(), netTraceCommand())
 	for _, c := range cmd.Commands() {
 		c.DisableFlagsInUseLine = true
 	}

@@ -12,16 +12,17 @@ import (
 
 	"lamina/inventory"
 	"lamina/top"
+	"lamina/top/live"
 
 	"github.com/charmbracelet/x/term"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 )
 
 type topFlags struct {
-	interval     time.Duration
-	sort         string
-	once, asJSON bool
+	liveFlags
+	sort string
 }
 
 func topCommand() *cobra.Command {
@@ -43,10 +44,8 @@ With --once one interval is measured and printed.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return withCode(exitFailure, showTop(cmd, f)) },
 	}
 	fs := cmd.Flags()
-	fs.DurationVar(&f.interval, "interval", 2*time.Second, "how long one measurement takes, such as 500ms or 10s")
+	f.add(fs)
 	fs.StringVar(&f.sort, "sort", "requests", "what rows are sorted by: mount, container, requests, read, written, avoided, copied, transit, queue or errors")
-	fs.BoolVar(&f.once, "once", false, "measure once, print, end")
-	fs.BoolVar(&f.asJSON, "json", false, "print JSON")
 	return cmd
 }
 
@@ -55,25 +54,40 @@ func showTop(cmd *cobra.Command, f topFlags) error {
 	if err != nil {
 		return withCode(exitUsage, err)
 	}
+	return showLive(cmd, f.liveFlags, &top.View{Source: func() ([]inventory.Mount, error) { return inventory.Mounts("") }, Sort: key})
+}
+
+// liveFlags are those of commands that show something anew at an interval.
+type liveFlags struct {
+	interval     time.Duration
+	once, asJSON bool
+}
+
+func (f *liveFlags) add(fs *pflag.FlagSet) {
+	fs.DurationVar(&f.interval, "interval", 2*time.Second, "how long one measurement takes, such as 500ms or 10s")
+	fs.BoolVar(&f.once, "once", false, "measure once, print, end")
+	fs.BoolVar(&f.asJSON, "json", false, "print JSON")
+}
+
+// showLive shows a view in a terminal, or prints it.
+func showLive(cmd *cobra.Command, f liveFlags, view live.View) error {
 	const least = 100 * time.Millisecond
 	if f.interval < least {
 		return withCode(exitUsage, fmt.Errorf("--interval %s: at least %s", f.interval, least))
 	}
 	ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
-	source := func() ([]inventory.Mount, error) { return inventory.Mounts("") }
 	out, isFile := cmd.OutOrStdout().(*os.File)
 	if !f.once && !f.asJSON && isFile && term.IsTerminal(out.Fd()) && term.IsTerminal(os.Stdin.Fd()) {
-		return top.Run(ctx, os.Stdin, out, source, top.Options{Interval: f.interval, Sort: key})
+		return live.Run(ctx, os.Stdin, out, view, f.interval)
 	}
-	return printTop(ctx, cmd.OutOrStdout(), source, key, f)
+	return printLive(ctx, cmd.OutOrStdout(), view, f)
 }
 
-// printTop prints a table, or an object, at the end of every interval.
-func printTop(ctx context.Context, w io.Writer, source top.Source, key top.Key, f topFlags) error {
-	var sampler top.Sampler
-	mounts, _ := source() // what fails now is told after the interval
-	sampler.Next(time.Now(), mounts)
+// printLive prints a table, or an object, at the end of every interval.
+func printLive(ctx context.Context, w io.Writer, view live.View, f liveFlags) error {
+	sample, _ := view.Sample() // what fails now is told after the interval
+	view.Take(time.Now(), sample)
 	var failed error
 	clock := time.NewTicker(f.interval)
 	defer clock.Stop()
@@ -83,11 +97,10 @@ func printTop(ctx context.Context, w io.Writer, source top.Source, key top.Key, 
 			return nil
 		case <-clock.C:
 		}
-		mounts, err := source()
+		sample, err := view.Sample()
 		now := time.Now()
-		rows := sampler.Next(now, mounts)
-		top.Sort(rows, key, false)
-		if printErr := printRows(w, now, rows, f.asJSON); printErr != nil {
+		view.Take(now, sample)
+		if printErr := printView(w, now, view, f.asJSON); printErr != nil {
 			return printErr
 		}
 		if f.once {
@@ -100,13 +113,10 @@ func printTop(ctx context.Context, w io.Writer, source top.Source, key top.Key, 
 	}
 }
 
-func printRows(w io.Writer, at time.Time, rows []top.Row, asJSON bool) error {
+func printView(w io.Writer, at time.Time, view live.View, asJSON bool) error {
 	if asJSON {
-		return json.NewEncoder(w).Encode(struct {
-			Time   time.Time `json:"time"`
-			Mounts []top.Row `json:"mounts"`
-		}{at, rows})
+		return json.NewEncoder(w).Encode(view.Data(at))
 	}
-	_, err := fmt.Fprintf(w, "%s\n%s\n\n", at.Format(time.RFC3339), strings.Join(top.Table(rows, 0), "\n"))
+	_, err := fmt.Fprintf(w, "%s\n%s\n\n", at.Format(time.RFC3339), strings.Join(view.Table(0), "\n"))
 	return err
 }
