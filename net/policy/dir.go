@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	networkingv1 "k8s.io/api/networking/v1"
+
+	"lamina/net/whole"
 )
 
 // Dir is a directory of policy files: every *.yaml and *.yml in it, not below it. A file whose name begins with "." is
@@ -152,25 +154,10 @@ func (d *Dir) copyOf(name string, data []byte) error {
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) {
 		return nil
 	}
-	if err := writeWhole(path, data); err != nil {
+	if err := whole.Write(path, data); err != nil {
 		return fmt.Errorf("copy of policies in force: %w: they are in force, but not known to an agent that starts while the file is broken", err)
 	}
 	return nil
-}
-
-// writeWhole replaces a file by one with these bytes, synced.
-func writeWhole(path string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
 }
 
 // dropCopies removes copies of files that are gone.
