@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -98,7 +99,8 @@ type Cluster struct {
 // Node is a host with an agent.
 type Node struct {
 	*lab.Host
-	Dir    string // of this host: state, sockets, configuration
+	Dir    string   // of this host: state, sockets, configuration
+	Source []string // arguments that say where its peers come from
 	Args   []string
 	c      *Cluster
 	agent  *exec.Cmd
@@ -107,8 +109,15 @@ type Node struct {
 	pods   int
 }
 
-// New makes n hosts and starts their agents with further arguments.
+// New makes n hosts and starts their agents, which read Peers, with further arguments.
 func New(t testing.TB, n int, args ...string) *Cluster {
+	t.Helper()
+	return From(t, n, func(c *Cluster, _ *lab.Host) []string { return []string{"--peers", c.Peers} }, args...)
+}
+
+// From is New with agents that have their peers from elsewhere: source gives the arguments for each, when the lab is there
+// and no agent yet.
+func From(t testing.TB, n int, source func(*Cluster, *lab.Host) []string, args ...string) *Cluster {
 	t.Helper()
 	Bin(t)
 	dir, err := os.MkdirTemp("", "lamnet") // a socket's path must be short
@@ -117,7 +126,7 @@ func New(t testing.TB, n int, args ...string) *Cluster {
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	c.WritePeers(c.PeerLines()...)
 	for _, h := range c.Hosts {
-		node := &Node{Host: h, Dir: filepath.Join(dir, h.Addr.String()), Args: args, c: c}
+		node := &Node{Host: h, Dir: filepath.Join(dir, h.Addr.String()), Source: source(c, h), Args: args, c: c}
 		must(t, os.MkdirAll(filepath.Join(node.Dir, "net.d"), 0o755))
 		c.Nodes = append(c.Nodes, node)
 		node.Configure("1.1.0")
@@ -181,7 +190,7 @@ func (n *Node) Start() {
 
 // Launch starts the agent; the error has what it said if it ends instead of getting ready.
 func (n *Node) Launch() error {
-	args := append([]string{"net", "agent", "--peers", n.c.Peers, "--socket", n.Socket(), "--state", n.State(), "--pins", filepath.Join(n.Dir, "bpf", "lamina")}, n.Args...)
+	args := append([]string{"net", "agent", "--socket", n.Socket(), "--state", n.State(), "--pins", filepath.Join(n.Dir, "bpf", "lamina")}, slices.Concat(n.Source, n.Args)...)
 	n.agent = n.Command(filepath.Join(Bin(n.c.t), "lamina"), args...)
 	n.log = &bytes.Buffer{}
 	n.agent.Stderr = n.log

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"net/url"
 	"reflect"
 	"slices"
 	"strings"
@@ -13,61 +12,27 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.etcd.io/etcd/server/v3/embed"
 
+	"lamina/net/lab/etcdserver"
 	"lamina/net/peers"
 )
 
-// server is an etcd in this process that can be stopped and started again on its data.
-type server struct {
-	t    *testing.T
-	dir  string
-	url  string
-	etcd *embed.Etcd
-}
+// server is an etcd in this process.
+type server struct{ *etcdserver.Server }
 
 func newServer(t *testing.T) *server {
-	s := &server{t: t, dir: t.TempDir(), url: "http://127.0.0.1:0"}
-	s.start()
-	s.url = "http://" + s.etcd.Clients[0].Addr().String()
-	t.Cleanup(func() { s.stop() })
-	return s
+	t.Helper()
+	return &server{etcdserver.New(t, "http://127.0.0.1:0", transport.TLSInfo{}, nil)}
 }
 
-func (s *server) start() {
-	s.t.Helper()
-	c := embed.NewConfig()
-	c.Dir, c.LogLevel, c.Logger = s.dir, "fatal", "zap"
-	c.UnsafeNoFsync = true
-	client, err := url.Parse(s.url)
-	must(s.t, err)
-	c.ListenClientUrls, c.AdvertiseClientUrls = []url.URL{*client}, []url.URL{*client}
-	c.ListenPeerUrls = []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}}
-	c.TickMs, c.ElectionMs = 20, 200 // leases may then be short
-	for i := range 50 {
-		if s.etcd, err = embed.StartEtcd(c); err == nil || i == 49 {
-			break
-		}
-		time.Sleep(100 * time.Millisecond) // the port of one that was stopped
-	}
-	must(s.t, err)
-	<-s.etcd.Server.ReadyNotify()
-}
-
-func (s *server) stop() {
-	if s.etcd != nil {
-		s.etcd.Close()
-		s.etcd = nil
-	}
-}
-
-func (s *server) source(o Options) *Source {
-	s.t.Helper()
-	o.Endpoints = []string{s.url}
+func (s *server) source(t *testing.T, o Options) *Source {
+	t.Helper()
+	o.Endpoints = []string{s.URL}
 	src, err := New(o)
-	must(s.t, err)
-	s.t.Cleanup(func() { src.Close() })
+	must(t, err)
+	t.Cleanup(func() { src.Close() })
 	return src
 }
 
@@ -120,7 +85,7 @@ func keep(s *Source, l peers.Lease, report func(error)) (stop func()) {
 
 func TestWatch(t *testing.T) {
 	srv := newServer(t)
-	one, two := srv.source(Options{}), srv.source(Options{})
+	one, two := srv.source(t, Options{}), srv.source(t, Options{})
 	ctx, cancel := context.WithCancel(t.Context())
 	updates, err := one.Watch(ctx)
 	must(t, err)
@@ -136,7 +101,7 @@ func TestWatch(t *testing.T) {
 	wait(t, "a changed MAC", updates, leases(lease(1), moved))
 	third := lease(3)
 	third.Node = netip.MustParseAddr("192.168.0.33")
-	defer keep(srv.source(Options{Prefix: "/another/network"}), third, nil)()
+	defer keep(srv.source(t, Options{Prefix: "/another/network"}), third, nil)()
 	must(t, two.put(t.Context(), lease(4)))
 	wait(t, "of this network only", updates, leases(lease(1), moved, lease(4)))
 	_, err = two.client.Delete(t.Context(), two.key(lease(4).Prefix))
@@ -151,7 +116,7 @@ func TestWatch(t *testing.T) {
 // A prefix has one node, whoever asks first.
 func TestTaken(t *testing.T) {
 	srv := newServer(t)
-	one, two := srv.source(Options{}), srv.source(Options{})
+	one, two := srv.source(t, Options{}), srv.source(t, Options{})
 	must(t, one.put(t.Context(), lease(1)))
 	must(t, one.put(t.Context(), lease(1))) // the same node again
 	thief := lease(1)
@@ -171,7 +136,7 @@ func TestTaken(t *testing.T) {
 
 func TestAcquire(t *testing.T) {
 	srv := newServer(t)
-	s := srv.source(Options{})
+	s := srv.source(t, Options{})
 	network := netip.MustParsePrefix("10.244.0.0/22")
 	// A node with a wider prefix lies in the way.
 	wide := lease(9)
@@ -249,7 +214,7 @@ func TestFree(t *testing.T) {
 // etcd goes and comes back: an error, no leases taken away, and what changed meanwhile.
 func TestGone(t *testing.T) {
 	srv := newServer(t)
-	s := srv.source(Options{Resync: 200 * time.Millisecond})
+	s := srv.source(t, Options{Resync: 200 * time.Millisecond})
 	reports := make(chan error, 100)
 	defer keep(s, lease(1), func(err error) { reports <- err })()
 	if err := <-reports; err != nil {
@@ -258,21 +223,21 @@ func TestGone(t *testing.T) {
 	updates, err := s.Watch(t.Context())
 	must(t, err)
 	wait(t, "own lease", updates, leases(lease(1)))
-	srv.stop()
+	srv.Stop()
 	wait(t, "an error that names etcd", updates, func(u peers.Update) bool {
-		return u.Err != nil && strings.Contains(u.Err.Error(), srv.url) && strings.Contains(u.Err.Error(), "is it running")
+		return u.Err != nil && strings.Contains(u.Err.Error(), srv.URL) && strings.Contains(u.Err.Error(), "is it running")
 	})
 	if err := <-reports; err == nil {
 		t.Error("the keeper noticed nothing")
 	}
-	srv.start()
+	srv.Start()
 	wait(t, "leases after etcd is back", updates, leases(lease(1)))
 	for err := range reports {
 		if err == nil {
 			break
 		}
 	}
-	must(t, srv.source(Options{}).put(t.Context(), lease(2)))
+	must(t, srv.source(t, Options{}).put(t.Context(), lease(2)))
 	wait(t, "changes after etcd is back", updates, leases(lease(1), lease(2)))
 }
 
@@ -292,7 +257,7 @@ func TestNeverThere(t *testing.T) {
 // History that etcd has forgotten is no error: a snapshot takes its place.
 func TestCompacted(t *testing.T) {
 	srv := newServer(t)
-	s := srv.source(Options{})
+	s := srv.source(t, Options{})
 	must(t, s.put(t.Context(), lease(1)))
 	v, err := s.read(t.Context())
 	must(t, err)
@@ -312,7 +277,7 @@ func TestCompacted(t *testing.T) {
 // written again.
 func TestTimeToLive(t *testing.T) {
 	srv := newServer(t)
-	s := srv.source(Options{TTL: time.Second})
+	s := srv.source(t, Options{TTL: time.Second})
 	defer keep(s, lease(1), nil)()
 	stop := keep(s, lease(2), nil)
 	updates, err := s.Watch(t.Context())
@@ -339,7 +304,7 @@ func TestTimeToLive(t *testing.T) {
 // A damaged key names itself; nothing is taken away because of it.
 func TestDamaged(t *testing.T) {
 	srv := newServer(t)
-	s := srv.source(Options{})
+	s := srv.source(t, Options{})
 	must(t, s.put(t.Context(), lease(1)))
 	updates, err := s.Watch(t.Context())
 	must(t, err)
