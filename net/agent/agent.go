@@ -30,7 +30,7 @@ import (
 
 // Config is what an agent is made of. Overlay.NS, Source, Listener and StateDir are required.
 type Config struct {
-	Overlay    overlay.Config // an empty Self is looked for among the peers by this host's addresses
+	Overlay    overlay.Config // what Self lacks comes from Source if that is a peers.Registry, else from the peer with an address of this host
 	Source     peers.Source
 	SourceName string        // for people, such as "file /etc/lamina/peers"
 	Listener   net.Listener  // of the control socket
@@ -75,40 +75,57 @@ const (
 
 // Agent is a running agent.
 type Agent struct {
-	cfg     Config
-	overlay *overlay.Overlay
-	pool    ipam.Pool
-	started time.Time
+	cfg      Config
+	registry peers.Registry // nil: the source is none
+	overlay  *overlay.Overlay
+	pool     ipam.Pool
+	started  time.Time
 
 	mu       sync.Mutex // one change at a time
 	pods     map[string]control.Pod
 	problems map[string]error // by what they are about
 	repairs  uint64
 	repaired []control.Repair
+	noted    *known // as it is on disk
 }
 
 // Run is an agent from its start until ctx is done. An error before ready is called means that nothing was changed.
 func Run(ctx context.Context, cfg Config, ready func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	var first []peers.Lease
+	var gone error // why the registry says nothing, if it does not
+	registry, _ := cfg.Source.(peers.Registry)
+	if registry != nil {
+		var err error
+		if first, gone, err = cfg.join(ctx, registry); ctx.Err() != nil {
+			return nil
+		} else if err != nil {
+			return err
+		}
+	}
 	updates, err := cfg.Source.Watch(ctx)
+	if err == nil && gone == nil {
+		first, err = firstUpdate(updates)
+	}
 	if err != nil {
 		return err
 	}
-	a, err := start(cfg, updates)
+	a, err := start(cfg, first)
 	if err != nil {
 		return err
 	}
 	defer a.close()
+	if a.registry = registry; gone != nil {
+		a.problem("registry", fmt.Errorf("%w; the peers known before stay", gone))
+	} else {
+		a.remember(first)
+	}
 	return a.run(ctx, updates, ready)
 }
 
 // start makes everything as it should be for the first time.
-func start(cfg Config, updates <-chan peers.Update) (*Agent, error) {
-	first, err := firstUpdate(updates)
-	if err != nil {
-		return nil, err
-	}
+func start(cfg Config, first []peers.Lease) (_ *Agent, err error) {
 	if !cfg.Overlay.Self.Node.IsValid() || !cfg.Overlay.Self.Prefix.IsValid() {
 		if cfg.Overlay.Self, err = self(cfg.Overlay.NS, cfg.Overlay.Self, first); err != nil {
 			return nil, err
@@ -260,6 +277,9 @@ func (a *Agent) run(ctx context.Context, updates <-chan peers.Update, ready func
 			cancel(err)
 		}
 	})
+	if a.registry != nil {
+		wg.Go(func() { a.keep(ctx) })
+	}
 	ready()
 	a.loop(ctx, updates, events)
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
@@ -363,13 +383,16 @@ func (a *Agent) peersUpdate(u peers.Update) {
 	err := u.Err
 	var others []peers.Lease
 	if err == nil {
-		others, err = a.overlay.CheckPeers(u.Leases)
+		if others, err = a.overlay.CheckPeers(u.Leases); err != nil {
+			err = fmt.Errorf("%s: %w", a.cfg.SourceName, err)
+		}
 	}
 	if err != nil {
-		a.problem("peers", fmt.Errorf("%s: %w; the peers known before stay", a.cfg.SourceName, err))
+		a.problem("peers", fmt.Errorf("%w; the peers known before stay", err))
 		return
 	}
 	a.problem("peers", nil)
+	a.remember(u.Leases)
 	added, changed, removed := peers.Diff(a.overlay.Peers(), others)
 	if len(added)+len(changed)+len(removed) == 0 {
 		return
@@ -387,8 +410,15 @@ func (a *Agent) peersUpdate(u peers.Update) {
 	a.problem("overlay", apply())
 }
 
-// podAdded takes a pod on.
+// podAdded takes a pod on. What a part needs to know of it first (its method Prepare) may take a while.
 func (a *Agent) podAdded(p control.Pod) error {
+	for _, part := range a.cfg.Parts {
+		if first, ok := part.(interface{ Prepare(control.Pod) error }); ok {
+			if err := first.Prepare(p); err != nil {
+				return fmt.Errorf("%s: %w", part.Name(), err)
+			}
+		}
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if !p.Address.IsValid() || !a.cfg.Overlay.Self.Prefix.Contains(p.Address) {

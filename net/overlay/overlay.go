@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -332,4 +333,20 @@ func (o *Overlay) Index(name string) int {
 		return 0
 	}
 	return l.Attrs().Index
+}
+
+// DefaultAddress is the address that a host uses for what is nowhere near: that of its default route.
+func DefaultAddress(ns netns.NsHandle) (netip.Addr, error) {
+	nl, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("netlink: %w", err)
+	}
+	defer nl.Close()
+	routes, err := nl.RouteGet(net.IPv4(192, 0, 2, 1)) // a documentation address: nobody has a route of its own for it
+	if err == nil && len(routes) > 0 {
+		if a, ok := netip.AddrFromSlice(routes[0].Src); ok {
+			return a.Unmap(), nil
+		}
+	}
+	return netip.Addr{}, fmt.Errorf("this host has no default route to tell its address by: name the address with --node-ip")
 }

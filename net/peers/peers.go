@@ -79,6 +79,11 @@ type Update struct {
 	Err    error   // why the source cannot say; Leases is not valid then, and what was known before still holds
 }
 
+// Same says whether two updates say the same.
+func (u Update) Same(v Update) bool {
+	return fmt.Sprint(u.Err) == fmt.Sprint(v.Err) && slices.Equal(u.Leases, v.Leases)
+}
+
 // Source says which leases there are.
 type Source interface {
 	// Watch sends the leases there are, and again whenever they change, until ctx is done; it closes the channel then. An

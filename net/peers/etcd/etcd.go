@@ -34,6 +34,8 @@ const (
 	requestTimeout = 5 * time.Second
 	// resync is how often everything is read although nothing was heard: it finds an etcd that is gone.
 	resync = time.Minute
+	// probe is how often the own lease is looked at: etcd's client tries again by itself and says nothing when etcd is gone.
+	probe = 5 * time.Second
 	// backoff is the pause after an error.
 	backoff = time.Second
 )
@@ -90,16 +92,16 @@ func New(opts Options) (*Source, error) {
 // Close ends the connection. Leases stay in etcd.
 func (s *Source) Close() error { return s.client.Close() }
 
-// failed names etcd in an error.
+// failed names etcd in an error. Unless etcd refused, it is peers.ErrUnreachable.
 func (s *Source) failed(doing string, err error) error {
-	remedy := "is it running and reachable?"
+	name := "etcd " + strings.Join(s.opts.Endpoints, ", ")
 	switch {
 	case errors.Is(err, rpctypes.ErrAuthFailed), errors.Is(err, rpctypes.ErrPermissionDenied), errors.Is(err, rpctypes.ErrUserEmpty):
-		remedy = "give a user who may read and write " + s.opts.Prefix
+		return fmt.Errorf("%s: %s: %w: give a user who may read and write %s", name, doing, err, s.opts.Prefix)
 	case errors.Is(err, context.DeadlineExceeded):
 		err = fmt.Errorf("no answer within %v", requestTimeout)
 	}
-	return fmt.Errorf("etcd %s: %s: %w: %s", strings.Join(s.opts.Endpoints, ", "), doing, err, remedy)
+	return peers.Unreachable(fmt.Errorf("%s: %s: %w: is it running and reachable?", name, doing, err))
 }
 
 func (s *Source) key(p netip.Prefix) string {
@@ -125,7 +127,7 @@ func (s *Source) Watch(ctx context.Context) (<-chan peers.Update, error) {
 		defer close(out)
 		var last *peers.Update
 		send := func(u peers.Update) {
-			if ctx.Err() == nil && (last == nil || !same(*last, u)) {
+			if ctx.Err() == nil && (last == nil || !last.Same(u)) {
 				peers.Send(out, u)
 				last = &u
 			}
@@ -143,14 +145,6 @@ func (s *Source) Watch(ctx context.Context) (<-chan peers.Update, error) {
 		}
 	}()
 	return out, nil
-}
-
-// same says whether two updates say the same.
-func same(a, b peers.Update) bool {
-	if (a.Err == nil) != (b.Err == nil) || a.Err != nil && a.Err.Error() != b.Err.Error() {
-		return false
-	}
-	return slices.Equal(a.Leases, b.Leases)
 }
 
 func sleep(ctx context.Context, d time.Duration) {
@@ -252,14 +246,9 @@ func (s *Source) Acquire(ctx context.Context, network netip.Prefix, bits int, no
 			return peers.Lease{}, u.Err
 		}
 		want := peers.Lease{Node: node, MAC: mac}
-		var unfit []peers.Lease
 		for _, l := range u.Leases {
-			switch {
-			case l.Node != node:
-			case l.Prefix.Bits() == bits && network.Contains(l.Prefix.Addr()) && !want.Prefix.IsValid():
+			if l.Node == node && l.Prefix.Bits() == bits && network.Contains(l.Prefix.Addr()) && !want.Prefix.IsValid() {
 				want.Prefix = l.Prefix
-			default:
-				unfit = append(unfit, l)
 			}
 		}
 		if !want.Prefix.IsValid() {
@@ -274,13 +263,23 @@ func (s *Source) Acquire(ctx context.Context, network netip.Prefix, bits int, no
 		if errors.As(err, &taken) {
 			continue // another node was faster
 		}
-		for _, l := range unfit {
-			if err == nil {
-				err = s.remove(ctx, l)
-			}
+		if err == nil {
+			err = s.removeOthers(ctx, want, u.Leases)
 		}
 		return want, err
 	}
+}
+
+// removeOthers deletes a node's leases but the one it wants: a node has one prefix.
+func (s *Source) removeOthers(ctx context.Context, want peers.Lease, all []peers.Lease) error {
+	for _, l := range all {
+		if l.Node == want.Node && l.Prefix != want.Prefix {
+			if err := s.remove(ctx, l); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // remove deletes a lease.
@@ -406,7 +405,7 @@ func (s *Source) Keep(ctx context.Context, l peers.Lease, report func(error)) {
 // key is to be written again.
 func (s *Source) renew(ctx context.Context, l peers.Lease) error {
 	// A third of the time leaves two more tries.
-	tick := time.NewTicker(min(s.opts.TTL/3, s.opts.Resync))
+	tick := time.NewTicker(min(s.opts.TTL/3, s.opts.Resync, probe))
 	defer tick.Stop()
 	for {
 		ok, err := s.renewOnce(ctx, l)
