@@ -77,6 +77,8 @@ func (c *conf) pod(args *skel.CmdArgs) ipam.Pod {
 			p.Namespace = value
 		case "K8S_POD_NAME":
 			p.Name = value
+		case "K8S_POD_UID":
+			p.UID = value
 		case "LAMINA_LABELS": // key:value,key:value: neither may hold what separates arguments
 			for label := range strings.SplitSeq(value, ",") {
 				k, v, _ := strings.Cut(label, ":")

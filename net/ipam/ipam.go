@@ -48,6 +48,7 @@ type Pod struct {
 	Netns     string            `json:"netns,omitempty"`     // path of the pod's network namespace
 	Namespace string            `json:"namespace,omitempty"` // Kubernetes' names, if there are any
 	Name      string            `json:"name,omitempty"`
+	UID       string            `json:"uid,omitempty"`    // Kubernetes' too
 	Labels    map[string]string `json:"labels,omitempty"` // from the CNI arguments
 }
 

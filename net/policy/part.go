@@ -20,9 +20,20 @@ type PartOptions struct {
 	Dir      string // of policy files; empty: none
 	PodsFile string // empty: none
 	StateDir string // of the agent: copies of policies in force lie in "policies" below it
+	Feed     Feed   // nil: none
 	// Around is EnforcerOptions.Around.
 	Around func(p *Plan, apply func() error) error
 	Logf   func(format string, args ...any)
+}
+
+// Feed is where policies and pods come from besides files: Kubernetes.
+type Feed interface {
+	// Start tells a controller what is known, before its first pass.
+	Start(*Controller) error
+	// Follow tells it what changes, until ctx is done.
+	Follow(ctx context.Context)
+	// Await returns when the controller has been told of a pod of this name; uid, if it is not empty, says which.
+	Await(ctx context.Context, namespace, name, uid string) error
 }
 
 // Part is the policies of an agent: it implements agent.Part and overlay.Policy.
@@ -86,6 +97,11 @@ func (p *Part) Start(o *overlay.Overlay) error {
 		// A label that is not valid failed ADD, so it is not there.
 		p.pods[pod.ID], _ = fromLease(pod)
 	}
+	if p.opts.Feed != nil {
+		if err := p.opts.Feed.Start(c); err != nil {
+			return err
+		}
+	}
 	p.mu.Lock()
 	p.enforcer, p.control = e, c
 	p.mu.Unlock()
@@ -99,6 +115,9 @@ func (p *Part) Start(o *overlay.Overlay) error {
 			p.opts.Logf("policies: %v: changes of files are not seen before the agent is started again", err)
 		}
 	})
+	if p.opts.Feed != nil {
+		wg.Go(func() { p.opts.Feed.Follow(ctx) })
+	}
 	p.stop = func() { cancel(); wg.Wait() }
 	return nil
 }
@@ -139,6 +158,14 @@ func fromLease(l control.Pod) (Pod, error) {
 		return pod, fmt.Errorf("labels of pod %s: %w: use labels as Kubernetes allows them", pod.key(), err)
 	}
 	return pod, nil
+}
+
+// Prepare waits for a pod's labels, which the node's CNI plugin does not know when they come from Kubernetes.
+func (p *Part) Prepare(l control.Pod) error {
+	if p.opts.Feed == nil || l.Namespace == "" || l.Name == "" {
+		return nil
+	}
+	return p.opts.Feed.Await(context.Background(), l.Namespace, l.Name, l.UID)
 }
 
 // PodAdded has the pod's policies in force when it returns.
