@@ -25,6 +25,15 @@ func TestManifest(t *testing.T) {
 	if d.APIVersion != "apps/v1" || d.Kind != "DaemonSet" {
 		t.Errorf("it is a %s of %s", d.Kind, d.APIVersion)
 	}
+	checkDaemonSet(t, d)
+	if out, err := exec.Command("sh", "-n", "install-node").CombinedOutput(); err != nil {
+		t.Errorf("install-node: %v: %s", err, out)
+	}
+}
+
+// checkDaemonSet looks for names that do not fit each other.
+func checkDaemonSet(t *testing.T, d appsv1.DaemonSet) {
+	t.Helper()
 	pod := d.Spec.Template
 	for k, v := range d.Spec.Selector.MatchLabels {
 		if pod.Labels[k] != v {
@@ -37,8 +46,5 @@ func TestManifest(t *testing.T) {
 				t.Errorf("container %s mounts a volume %s that there is not", c.Name, m.Name)
 			}
 		}
-	}
-	if out, err := exec.Command("sh", "-n", "install-node").CombinedOutput(); err != nil {
-		t.Errorf("install-node: %v: %s", err, out)
 	}
 }
