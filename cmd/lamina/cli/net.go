@@ -20,7 +20,6 @@ import (
 	"lamina/net/ipam"
 	netmetrics "lamina/net/metrics"
 	"lamina/net/overlay"
-	"lamina/net/peers"
 	"lamina/net/policy"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -47,19 +46,20 @@ container runtime's plugins. What it puts on a host and how to read that is in d
 
 // netAgent is the flags of the agent.
 type netAgent struct {
-	config, peers, nodeIP, podCIDR, socket, state string
-	policies, pods                                string
-	device                                        string
-	vni, port, mtu                                int
-	holdDown                                      time.Duration
-	fastpath, pins                                string
-	metrics                                       string
+	netSource
+	config, nodeIP, podCIDR, socket, state string
+	policies, pods                         string
+	device                                 string
+	vni, port, mtu                         int
+	holdDown                               time.Duration
+	fastpath, pins                         string
+	metrics                                string
 }
 
 func netAgentCommand() *cobra.Command {
 	var a netAgent
 	cmd := &cobra.Command{
-		Use:   "agent --peers FILE [--node-ip ADDRESS] [--pod-cidr PREFIX] [--config FILE]",
+		Use:   "agent --peers FILE|--etcd ENDPOINTS|--kubernetes [--node-ip ADDRESS] [--pod-cidr PREFIX] [--config FILE]",
 		Short: "hold this host's part of the pod network",
 		Long: `Makes the VXLAN device, the routes, ARP and FDB entries to other nodes, and the nftables rules of the pod network, and puts
 right at once what somebody deletes of them. Everything stays in the kernel and goes on when the agent is stopped or
@@ -69,12 +69,22 @@ The peers file has a line for each node: the prefix of its pods, its address and
 its VXLAN device. It can be the same on all nodes, and is read again when it changes. Peers that cannot be used, because
 prefixes overlap for example, are reported and those known before stay.
 
+With --etcd the nodes have leases in etcd instead: each takes a prefix of --pod-network, or has that of --pod-cidr, and
+renews its lease, which outlives it by a day. When etcd is gone everything goes on as it was last known, also over a restart
+of the agent, and the status says so.
+
+With --kubernetes the nodes are those of the cluster: prefixes are the Nodes' podCIDRs, and the agent writes into an annotation
+where its node is to be reached. It enforces the cluster's NetworkPolicies. While the API server is gone everything goes on
+as it was last known, and the status says so.
+
 With --policies the agent enforces NetworkPolicies for the pods of this node: docs/network.md has the form of the files.
 A file that is broken keeps the policy it had in force.
 
 The configuration file is TOML whose keys are the names of the flags; what is on the command line wins.`,
 		Example: `  printf '10.244.1.0/24 192.168.0.1\n10.244.2.0/24 192.168.0.2\n' > /etc/lamina/peers
-  lamina net agent --peers /etc/lamina/peers`,
+  lamina net agent --peers /etc/lamina/peers
+  lamina net agent --etcd https://192.168.0.9:2379 --etcd-ca ca.crt --etcd-cert node.crt --etcd-key node.key
+  NODE_NAME=worker1 lamina net agent --kubernetes --kubeconfig /etc/kubernetes/kubelet.conf`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := flagsFromFile(cmd.Flags(), a.config); err != nil {
@@ -85,9 +95,9 @@ The configuration file is TOML whose keys are the names of the flags; what is on
 	}
 	fs := cmd.Flags()
 	fs.StringVar(&a.config, "config", "", "a TOML file with values of the flags below")
-	fs.StringVar(&a.peers, "peers", "", "the file that names the nodes")
-	fs.StringVar(&a.nodeIP, "node-ip", "", "this node's address on the underlay; empty: the peer that is an address of this host")
-	fs.StringVar(&a.podCIDR, "pod-cidr", "", "the prefix of this node's pods; empty: what the peers file says")
+	a.netSource.flags(fs)
+	fs.StringVar(&a.nodeIP, "node-ip", "", "this node's address on the underlay; empty: the peer that is an address of this host, with --etcd that of its default route, with --kubernetes its Node's InternalIP")
+	fs.StringVar(&a.podCIDR, "pod-cidr", "", "the prefix of this node's pods; empty: what the peers file says, or etcd gives")
 	fs.StringVar(&a.policies, "policies", "", "a directory of Kubernetes NetworkPolicies in YAML to enforce; empty: none")
 	fs.StringVar(&a.pods, "pods", "", "a file that names the pods of all nodes, with their labels, for policies to select")
 	fs.StringVar(&a.device, "device", overlay.Device, "the name of the VXLAN device")
@@ -140,6 +150,11 @@ func (a *netAgent) run() error {
 		return fmt.Errorf("own network namespace: %w", err)
 	}
 	defer c.Overlay.NS.Close()
+	done, err := a.netSource.open(&c)
+	if err != nil {
+		return err
+	}
+	defer done()
 	l, release, err := listenAt(a.socket)
 	if err != nil {
 		return err
@@ -186,18 +201,12 @@ func (a *netAgent) serveMetrics(ctx context.Context, logf func(string, ...any)) 
 }
 
 func (a *netAgent) agentConfig() (c agent.Config, err error) {
-	if a.peers == "" {
-		return c, fmt.Errorf("--peers is missing: name the file that names the nodes")
-	}
-	if a.peers, err = filepath.Abs(a.peers); err != nil {
-		return c, err
-	}
 	if a.state, err = filepath.Abs(a.state); err != nil {
 		return c, err
 	}
 	c = agent.Config{
-		Overlay: overlay.Config{Device: a.device, VNI: a.vni, Port: a.port, MTU: a.mtu},
-		Source:  peers.File(a.peers), SourceName: "file " + a.peers, StateDir: a.state, HoldDown: a.holdDown, Version: Version(), Logf: newStderrLog().infof,
+		Overlay:  overlay.Config{Device: a.device, VNI: a.vni, Port: a.port, MTU: a.mtu},
+		StateDir: a.state, HoldDown: a.holdDown, Version: Version(), Logf: newStderrLog().infof,
 	}
 	if a.holdDown == 0 {
 		c.HoldDown = -1
@@ -206,7 +215,11 @@ func (a *netAgent) agentConfig() (c agent.Config, err error) {
 	if err != nil {
 		return c, err
 	}
-	part := policy.NewPart(policy.PartOptions{Dir: a.policies, PodsFile: a.pods, StateDir: a.state, Logf: c.Logf, Around: around(fast)})
+	feed, err := a.netSource.feed(a.state)
+	if err != nil {
+		return c, err
+	}
+	part := policy.NewPart(policy.PartOptions{Dir: a.policies, PodsFile: a.pods, StateDir: a.state, Feed: feed, Logf: c.Logf, Around: around(fast)})
 	// The caches first: they must be there to be told what policies change, from the first change on.
 	c.Overlay.Policy, c.Parts = part, append(c.Parts, fast, part)
 	if a.nodeIP != "" {

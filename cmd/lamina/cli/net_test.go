@@ -23,6 +23,13 @@ func TestNetAgentConfig(t *testing.T) {
 	agent("config = \"x\"\n", nil, config, `"config"`)
 	agent("= 1\n", nil, config)
 	agent("", nil, "--peers is missing")
+	agent("etcd = \"http://127.0.0.1:1\"\n", []string{"--peers", "/x"}, "--etcd and --peers", "one of them")
+	agent("kubernetes = true\n", []string{"--node-name", "n"}, "--kubeconfig")
+	agent("", []string{"--etcd", "192.168.0.9:2379"}, `"192.168.0.9:2379" is not a URL`)
+	agent("", []string{"--etcd", "https://x:1", "--etcd-ca", config}, "--etcd-ca", "no certificate")
+	agent("", []string{"--etcd", "https://x:1", "--etcd-key", config}, "--etcd-cert and --etcd-key belong together")
+	agent("", []string{"--etcd", "https://x:1", "--etcd-user", "me"}, "--etcd-password-file belong together")
+	agent("", []string{"--etcd", "https://x:1", "--pod-network", "x"}, "--pod-network")
 	agent("peers = \"/x\"\nfastpath = \"maybe\"\n", nil, "--fastpath=maybe", "auto, on or off")
 	if _, err := os.Stat(l.path("agent.sock")); err == nil {
 		t.Error("a socket is left")
