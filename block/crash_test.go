@@ -39,6 +39,7 @@ func TestCrash(t *testing.T) {
 	} {
 		for _, orders := range []bool{false, true} {
 			t.Run(name+map[bool]string{true: " ordered"}[orders], func(t *testing.T) {
+				t.Parallel()
 				s := seed(t)
 				for round := range uint64(3) {
 					c := newCrasher(t, o, s+round)
@@ -57,6 +58,7 @@ func TestCrash(t *testing.T) {
 		}
 	}
 	t.Run("whole", func(t *testing.T) {
+		t.Parallel()
 		s := seed(t)
 		for round := range uint64(20) { // each is provisional only at its beginning
 			c := newCrasher(t, Options{CaW: CaWLazy}, s+round)

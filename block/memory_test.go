@@ -143,6 +143,7 @@ func TestSuccessorGoesOn(t *testing.T) {
 	for name, format := range map[string]Format{"sparse": Sparse, "bcow": BCoW, "single": BCoWSingle} {
 		for cname, caw := range map[string]CaW{"lazy": CaWLazy, "sync": CaWSync} {
 			t.Run(name+"/"+cname, func(t *testing.T) {
+				t.Parallel()
 				o := Options{Format: format, CaW: caw, SettleDelay: time.Hour, CommitInterval: time.Hour}
 				testMortal(t, o, false, seed(t)*100)
 				if format == Sparse {
