@@ -59,6 +59,9 @@ type Options struct {
 	// Root is put before every path of the machine, so that the configuration of an image or of a test can be looked at.
 	// Empty: this machine.
 	Root string
+	// Only is the wing that is looked at, Files or Net. Empty: the files, and the container network where something of it is set
+	// up.
+	Only string
 	// Dir is where upper layers are going to lie. Empty: no filesystem is checked.
 	Dir string
 
@@ -72,6 +75,16 @@ type Options struct {
 func Run(opt Options) []Finding {
 	m := &machine{root: opt.Root}
 	var all []Finding
+	if opt.Only != Net {
+		all = append(all, filesChecks(m, opt)...)
+	}
+	if opt.Only != Files {
+		all = append(all, networkChecks(m, opt, opt.Only == Net)...)
+	}
+	return all
+}
+
+func filesChecks(m *machine, opt Options) (all []Finding) {
 	all = append(all, kernelChecks(m)...)
 	all = append(all, rightsChecks(m)...)
 	if opt.Dir != "" {

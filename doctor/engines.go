@@ -81,6 +81,8 @@ type containerdConf struct {
 	socket   string
 	cri      string // the snapshotter of Kubernetes's pods, if it is set
 	disabled []string
+	cniBins  []string // where pods' network plugins are, if it is set
+	cniConf  string   // and their configuration
 }
 
 // maxImports bounds how many files a configuration may consist of.
@@ -150,6 +152,19 @@ func (c *containerdConf) add(b []byte) (imports []string, err error) {
 		}
 		if s != "" {
 			c.cri = s
+		}
+	}
+	for _, path := range [][]string{{"plugins", "io.containerd.grpc.v1.cri", "cni"}, {"plugins", "io.containerd.cri.v1.runtime", "cni"}} {
+		cni, err := t.table(path...)
+		if err != nil {
+			return nil, err
+		}
+		dir, _ := cni["bin_dir"].(string)
+		if dirs := append(stringsOf(cni["bin_dirs"]), dir); first(dirs...) != "" {
+			c.cniBins = slices.DeleteFunc(dirs, func(d string) bool { return d == "" })
+		}
+		if dir, _ := cni["conf_dir"].(string); dir != "" {
+			c.cniConf = dir
 		}
 	}
 	socket, err := t.text("grpc", "address")

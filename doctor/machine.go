@@ -82,13 +82,18 @@ func (m *machine) program(name string) string {
 	return ""
 }
 
-// version asks a program of this machine for its version and returns the answer's first line.
-func (m *machine) version(program string) string {
+// output runs a program of this machine.
+func (m *machine) output(program string, args ...string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, m.path(program), "--version")
+	cmd := exec.CommandContext(ctx, m.path(program), args...)
 	cmd.WaitDelay = time.Second
-	out, err := cmd.Output()
+	return cmd.Output()
+}
+
+// version asks a program of this machine for its version and returns the answer's first line.
+func (m *machine) version(program string) string {
+	out, err := m.output(program, "--version")
 	if err != nil {
 		return ""
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"lamina/doctor"
@@ -21,17 +22,22 @@ func doctorCommand() *cobra.Command {
 	var opt doctor.Options
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:   "doctor [--json] [--root DIR] [DIR]",
+		Use:   "doctor [--json] [--root DIR] [--only files|net] [DIR]",
 		Short: "check what this machine lacks for Lamina",
 		Long: `Checks the kernel and its modules, FUSE passthrough and io_uring, rights and limits, the configuration of containerd,
 Podman and Docker, and the filesystem that DIR lies on, where upper layers are to be. It says what is missing, what that
 costs and how to fix it. In DIR it makes a directory, mounts a small union in it, writes, reads, and takes both away again.
 
+Where something of the container network is set up (/etc/lamina/net.toml, a CNI configuration that names lamina-cni, or an
+agent) it also checks the agent, the kernel's VXLAN, nftables and TCX, forwarding, connection tracking, other firewalls, CNI
+configuration and plugins, MTU, and what other pod networks have left. --only looks at one of the two alone.
+
 Each finding is ok, note (nothing is lost), costs (it works, slower or with less than it could) or broken.
 
 With --json the output is one object with the worst level and an array of findings.`,
 		Example: `  lamina doctor /var/lib/lamina
-  lamina doctor --root /host --json`,
+  lamina doctor --root /host --json
+  lamina doctor --only net`,
 		Args: optional(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 1 {
@@ -41,12 +47,16 @@ With --json the output is one object with the worst level and an array of findin
 				}
 				opt.Dir = dir
 			}
+			if !slices.Contains([]string{"", doctor.Files, doctor.Net}, opt.Only) {
+				return withCode(exitTrouble, fmt.Errorf("--only %s: use files or net", opt.Only))
+			}
 			return examine(cmd.OutOrStdout(), opt, asJSON)
 		},
 	}
 	fs := cmd.Flags()
 	fs.BoolVar(&asJSON, "json", false, "print JSON")
 	fs.StringVar(&opt.Root, "root", "", "look for files and sockets below this directory, such as a host's root mounted in a container")
+	fs.StringVar(&opt.Only, "only", "", "check for the filesystem (files) or for the container network (net) alone")
 	fs.StringVar(&opt.ContainerdConfig, "containerd-config", "", "containerd's configuration instead of /etc/containerd/config.toml")
 	fs.StringVar(&opt.ContainerdSocket, "containerd-address", "", "containerd's socket instead of the one that its configuration names")
 	fs.StringVar(&opt.StorageConf, "storage-conf", "", "Podman's configuration of its storage instead of /etc/containers/storage.conf")
@@ -62,7 +72,7 @@ const (
 
 func examine(w io.Writer, opt doctor.Options, asJSON bool) error {
 	all := doctor.Run(opt)
-	if opt.Dir != "" && opt.Root == "" && doctor.Worst(all) < doctor.Broken {
+	if opt.Dir != "" && opt.Root == "" && opt.Only != doctor.Net && doctor.Worst(all) < doctor.Broken {
 		all = append(all, trialMount(opt.Dir))
 	}
 	worst := doctor.Worst(all)
