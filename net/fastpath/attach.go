@@ -13,9 +13,9 @@ import (
 
 	"lamina/net/ns"
 	"lamina/net/overlay"
+	"lamina/net/tcx"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 )
 
@@ -79,55 +79,10 @@ func (p *Path) takeOverLinks() error {
 func (p *Path) attach(prog Program, index int, create bool) error {
 	file := p.pinName(prog, index)
 	program, where := p.program(prog)
-	if l, err := link.LoadPinnedLink(file, nil); err == nil {
-		defer l.Close()
-		if linkedTo(l) == index {
-			if err := l.Update(program); err != nil {
-				return fmt.Errorf("replacing program %s at interface %d: %w", prog, index, err)
-			}
-			return nil
-		}
-		if err := os.Remove(file); err != nil {
-			return err
-		}
-	}
-	if !create {
-		return nil
-	}
-	l, err := link.AttachTCX(link.TCXOptions{Interface: index, Program: program, Attach: where})
-	if err != nil {
-		return fmt.Errorf("attaching program %s to interface %d: %w", prog, index, err)
-	}
-	defer l.Close()
-	if err := l.Pin(file); err != nil {
-		return fmt.Errorf("pinning program %s of interface %d: %w", prog, index, err)
+	if err := tcx.Attach(file, index, program, where, create); err != nil {
+		return fmt.Errorf("program %s: %w", prog, err)
 	}
 	return nil
-}
-
-// linkedTo is the interface of a link, 0 if it is gone.
-func linkedTo(l link.Link) int {
-	info, err := l.Info()
-	if err != nil || info.TCX() == nil {
-		return 0
-	}
-	return int(info.TCX().Ifindex)
-}
-
-// detach takes a program off an interface at once, whoever else holds the link.
-func detach(file string) error {
-	l, err := link.LoadPinnedLink(file, nil)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	if d, ok := l.(interface{ Detach() error }); ok {
-		d.Detach() // fails if the interface is gone
-	}
-	return os.Remove(file)
 }
 
 // removePins detaches what is attached, then removes maps.
@@ -138,7 +93,7 @@ func removePins(pins string) error {
 		return err
 	}
 	for _, e := range entries {
-		if err := detach(filepath.Join(links, e.Name())); err != nil {
+		if err := tcx.Detach(filepath.Join(links, e.Name())); err != nil {
 			return err
 		}
 	}
@@ -186,7 +141,7 @@ func (p *Path) DetachNIC(index int) error {
 	defer p.mu.Unlock()
 	defer p.begin()()
 	p.flush()
-	return errors.Join(detach(p.pinName(EgressLearn, index)), detach(p.pinName(Ingress, index)))
+	return errors.Join(tcx.Detach(p.pinName(EgressLearn, index)), tcx.Detach(p.pinName(Ingress, index)))
 }
 
 // AttachPod serves a pod, and forgets whatever was known of its addresses.
@@ -226,13 +181,7 @@ func (p *Path) attached(pod Pod) bool {
 		}
 	}
 	for _, prog := range []Program{Egress, IngressLearn} {
-		l, err := link.LoadPinnedLink(p.pinName(prog, pod.Index), nil)
-		if err != nil {
-			return false
-		}
-		index := linkedTo(l)
-		l.Close()
-		if index != pod.Index {
+		if tcx.LinkedTo(p.pinName(prog, pod.Index)) != pod.Index {
 			return false
 		}
 	}
@@ -303,7 +252,7 @@ func (p *Path) detachPod(addrs []netip.Addr) error {
 		errs = append(errs, p.obj.Pods.Delete(toAddr(a)), p.obj.Locals.Update(uint32(slot), bpfPod{}, ebpf.UpdateAny))
 		p.locals.free(slot)
 		for _, prog := range []Program{Egress, IngressLearn} {
-			errs = append(errs, detach(p.pinName(prog, int(rec.Ifindex))))
+			errs = append(errs, tcx.Detach(p.pinName(prog, int(rec.Ifindex))))
 		}
 	}
 	return errors.Join(errs...)

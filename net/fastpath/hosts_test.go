@@ -56,7 +56,7 @@ const (
 // wire makes two hosts on one wire.
 func wire(t testing.TB, change func(*Options), with int) (a, b *host) {
 	t.Helper()
-	tcx.Need(t)
+	hasTCX.Need(t)
 	if change == nil {
 		change = func(*Options) {}
 	}

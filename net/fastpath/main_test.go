@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-var tcx = probe.Feature{Name: "TCX", Version: [2]int{6, 6}, Probe: func(string) error {
+var hasTCX = probe.Feature{Name: "TCX", Version: [2]int{6, 6}, Probe: func(string) error {
 	return supported()
 }}
 

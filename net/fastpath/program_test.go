@@ -39,7 +39,7 @@ var (
 
 func newSingle(t testing.TB) *single {
 	t.Helper()
-	tcx.Need(t)
+	hasTCX.Need(t)
 	s := &single{t: t, h: newNS(t), pins: newBPFFS(t)}
 	run(t, s.h, "ip link add lamA type veth peer name pA && ip link add nic type veth peer name wire && ip link set lamA up")
 	s.pod, s.nic = mustLink(t, s.h, "lamA"), mustLink(t, s.h, "nic")
