@@ -53,6 +53,9 @@ func NewPart(o PartOptions) *Part {
 	return &Part{opts: o}
 }
 
+// Pins is where the maps and links are.
+func (p *Part) Pins() string { return p.opts.Pins }
+
 // PartName is the fast path's in a status.
 const PartName = "fastpath"
 

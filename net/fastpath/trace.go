@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"lamina/net/control"
+	"lamina/net/tcx"
 
-	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
 
@@ -109,16 +109,8 @@ func (p *Path) tracePod(t *Trace) (bpfPod, bool) {
 
 // unattached lists the programs that run neither at a pod's interface nor at the underlay's.
 func (p *Path) unattached(index int) (missing []string) {
-	runs := func(file string, index int) bool {
-		l, err := link.LoadPinnedLink(file, nil)
-		if err != nil {
-			return false
-		}
-		defer l.Close()
-		return linkedTo(l) == index
-	}
 	for _, prog := range []Program{Egress, IngressLearn} {
-		if !runs(p.pinName(prog, index), index) {
+		if tcx.LinkedTo(p.pinName(prog, index)) != index {
 			missing = append(missing, prog.String())
 		}
 	}
@@ -126,7 +118,7 @@ func (p *Path) unattached(index int) (missing []string) {
 	for _, prog := range []Program{Ingress, EgressLearn} {
 		if !slices.ContainsFunc(entries, func(e os.DirEntry) bool {
 			at, index, err := parsePinName(e.Name())
-			return err == nil && at == prog && runs(filepath.Join(p.o.Pins, "links", e.Name()), index)
+			return err == nil && at == prog && tcx.LinkedTo(filepath.Join(p.o.Pins, "links", e.Name())) == index
 		}) {
 			missing = append(missing, prog.String())
 		}

@@ -21,6 +21,7 @@ import (
 	netmetrics "lamina/net/metrics"
 	"lamina/net/overlay"
 	"lamina/net/policy"
+	"lamina/net/steer"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/pelletier/go-toml/v2"
@@ -52,7 +53,7 @@ type netAgent struct {
 	device                                 string
 	vni, port, mtu                         int
 	holdDown                               time.Duration
-	fastpath, pins                         string
+	fastpath, steering, pins               string
 	metrics                                string
 }
 
@@ -106,7 +107,8 @@ The configuration file is TOML whose keys are the names of the flags; what is on
 	fs.IntVar(&a.mtu, "mtu", 0, "MTU of pods in bytes; 0: that of the underlay less 50")
 	fs.DurationVar(&a.holdDown, "hold-down", ipam.HoldDown, "how long the address of a deleted pod is given to no other")
 	fs.StringVar(&a.fastpath, "fastpath", "auto", "let established connections bypass the ordinary path: auto, where the kernel can; on, or do not start; off")
-	fs.StringVar(&a.pins, "pins", fastpath.Pins, "where the fast path's maps and links are pinned: a directory in a bpffs, which is mounted above it if nobody has")
+	fs.StringVar(&a.steering, "steering", "auto", "spread received packets that take the ordinary path over CPUs: auto, by load; static, a part of the CPUs for each stage; off")
+	fs.StringVar(&a.pins, "pins", fastpath.Pins, "where the maps and links of the fast path and of steering are pinned: a directory in a bpffs, which is mounted above it if nobody has")
 	fs.StringVar(&a.metrics, "metrics", "", "where to answer Prometheus at /metrics: HOST:PORT, or unix:PATH for a socket of root's alone; empty: nowhere")
 	fs.StringVar(&a.socket, "socket", control.Socket, "the unix socket for lamina-cni and lamina net status")
 	fs.StringVar(&a.state, "state", control.StateDir, "the directory for what must survive a reboot")
@@ -219,9 +221,14 @@ func (a *netAgent) agentConfig() (c agent.Config, err error) {
 	if err != nil {
 		return c, err
 	}
+	mode, err := steer.ParseMode(a.steering)
+	if err != nil {
+		return c, fmt.Errorf("--steering=%w", err)
+	}
+	spread := steer.NewPart(steer.PartOptions{Pins: filepath.Join(fast.Pins(), "steer"), StateDir: a.state, Mode: mode, Logf: c.Logf})
 	part := policy.NewPart(policy.PartOptions{Dir: a.policies, PodsFile: a.pods, StateDir: a.state, Feed: feed, Logf: c.Logf, Around: around(fast)})
 	// The caches first: they must be there to be told what policies change, from the first change on.
-	c.Overlay.Policy, c.Parts = part, append(c.Parts, fast, part)
+	c.Overlay.Policy, c.Parts = part, append(c.Parts, fast, part, spread)
 	if a.nodeIP != "" {
 		if c.Overlay.Self.Node, err = netip.ParseAddr(a.nodeIP); err != nil {
 			return c, fmt.Errorf("--node-ip: %q is not an address", a.nodeIP)
@@ -306,6 +313,9 @@ func printNet(w io.Writer, s *control.Status) error {
 	}
 	if f, ok := s.Parts["fastpath"].(map[string]any); ok {
 		row("fast path", "%v, hits: %.1f%% of packets to other nodes, %.1f%% of those from them", f["state"], percent(f["egress_ratio"]), percent(f["ingress_ratio"]))
+	}
+	if p, ok := s.Parts["steering"].(map[string]any); ok {
+		row("steering", "%s", steer.Summary(p))
 	}
 	if p, ok := s.Parts["policies"].(map[string]any); ok {
 		row("policies", "%v in force, selecting %v of %v pods", p["policies"], p["isolated"], p["local"])

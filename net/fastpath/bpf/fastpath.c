@@ -310,6 +310,14 @@ static __always_inline int missed(struct __sk_buff *skb, const struct control *c
 	return counted(program, why);
 }
 
+// missed_in is missed at ingress. Where the flow's next packets may well be hits, this one must not wait for another CPU.
+static __always_inline int missed_in(struct __sk_buff *skb, const struct control *c, enum reason why)
+{
+	if (why != OUTER_CHECKSUM)
+		skb->tc_index = KEEP_OFF;
+	return missed(skb, c, INGRESS, why);
+}
+
 // Adding 1 to the checksum's high byte is taking 1 from the time to live.
 static __always_inline void decrease_ttl(struct iphdr *ip)
 {
@@ -506,7 +514,7 @@ int ingress(struct __sk_buff *skb)
 			return counted(INGRESS, node ? WRONG_NODE : NOT_REMOTE);
 		if (p.ends || (p.syn && !p.ack))
 			return counted(INGRESS, TCP_FLAGS);
-		return missed(skb, c, INGRESS, first ? TCP_FLAGS : NOT_LEARNED);
+		return missed_in(skb, c, first ? TCP_FLAGS : NOT_LEARNED);
 	}
 	struct verdict out = f->out, in = f->in;
 	since = younger(pod.since, c->since);
@@ -531,7 +539,7 @@ int ingress(struct __sk_buff *skb)
 			return counted(INGRESS, node ? WRONG_NODE : NOT_REMOTE);
 	}
 	if (why)
-		return missed(skb, c, INGRESS, why);
+		return missed_in(skb, c, why);
 	// A flow that uses segmentation offload keeps to the ordinary path for a moment, so that its small packets do not
 	// overtake its big ones.
 	if (!c->clean) {

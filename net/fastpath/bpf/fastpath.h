@@ -27,6 +27,9 @@
 #define MARK_MISS 0x100
 #define MARK_ESTABLISHED 0x200
 
+// What tells steering's programs, in tc_index, to leave a packet on this CPU: also in ../../steer/bpf/steer.c.
+#define KEEP_OFF 0x6c61
+
 #define OUTER 50                 // IPv4, UDP, VXLAN and the inner Ethernet header
 #define HEADER (OUTER + ETH_HLEN) // what the egress program writes
 #define VXLAN_FLAGS 0x08000000   // a VNI and nothing else
