@@ -14,10 +14,10 @@
 //
 // # Choice
 //
-// A flow goes on where it is (hash 0) unless the CPU is busier than [Options.Worth]: handing over costs an interrupt between
+// A flow goes on where it is (hash 0) unless the CPU is busier than options.worth: handing over costs an interrupt between
 // CPUs and cold caches, and buys nothing while there is time to spare. Nor is anything handed over while the whole host is
-// busier than [Options.Threshold]. Otherwise the flow's hash names two CPUs, and the less busy one is taken if it is by
-// [Options.Margin] less busy than this one. How busy CPUs are is an average of /proc/stat that the agent writes every
+// busier than options.threshold. Otherwise two others are looked at, which the flow's hash and the time choose, and the less busy one is taken if it is by
+// options.margin less busy than this one. How busy CPUs are is an average of /proc/stat that the agent writes every
 // [period].
 //
 // # Order

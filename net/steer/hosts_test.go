@@ -32,7 +32,7 @@ import (
 // host is a namespace with an overlay, and steering if it has a part.
 type host struct {
 	*lab.Host
-	t       *testing.T
+	t       testing.TB
 	overlay *overlay.Overlay
 	opts    PartOptions
 	part    *Part
@@ -47,7 +47,7 @@ type pod struct {
 }
 
 // newHosts makes two hosts. The second has steering.
-func newHosts(t *testing.T, o PartOptions) (a, b *host) {
+func newHosts(t testing.TB, o PartOptions) (a, b *host) {
 	t.Helper()
 	hasTCX.Need(t)
 	if runtime.NumCPU() < 2 {
@@ -68,14 +68,18 @@ func newHosts(t *testing.T, o PartOptions) (a, b *host) {
 		hosts = append(hosts, &host{Host: h, t: t, overlay: ov, total: map[int]uint64{}, busy: map[int]float64{}})
 	}
 	a, b = hosts[0], hosts[1]
-	b.opts = o
-	b.opts.Pins, b.opts.StateDir, b.opts.Logf, b.opts.sample = newPins(t), t.TempDir(), t.Logf, b.sample
-	t.Cleanup(func() { // what is left is taken away as an operator would
-		b.start(Off)
-		b.stop()
-	})
+	b.prepare(o)
 	b.start(o.Mode)
 	return a, b
+}
+
+func (h *host) prepare(o PartOptions) {
+	h.opts = o
+	h.opts.Pins, h.opts.StateDir, h.opts.Logf, h.opts.sample = newPins(h.t), h.t.TempDir(), h.t.Logf, h.sample
+	h.t.Cleanup(func() { // what is left is taken away as an operator would
+		h.start(Off)
+		h.stop()
+	})
 }
 
 // start starts an agent's part.

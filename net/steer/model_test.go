@@ -19,15 +19,25 @@ func flowHash(secret uint64, frame []byte) uint64 {
 	return mix(mix(secret^(native(26)<<32|native(30)))+(native(34)<<8|uint64(frame[23]))) | 1
 }
 
-// candidates are the two CPUs that a flow may be handed to.
-func candidates(flow uint64, stage Stage, n int) (a, b int) {
-	h := mix(flow + uint64(stage))
-	a = int(h & 0xffffffff * uint64(n) >> 32)
-	return a, (a + 1 + int(h>>32*uint64(n-1)>>32)) % n
+// candidates are the two CPUs that a flow may be handed to in a period of time.
+func candidates(flow uint64, stage Stage, period uint64, n, here int) (a, b int) {
+	h := mix(flow + uint64(stage) + period)
+	others := []int{}
+	for i := range n {
+		if i != here {
+			others = append(others, i)
+		}
+	}
+	m := uint64(len(others))
+	a = int(h & 0xffffffff * m >> 32)
+	if m > 1 {
+		b = (a + 1 + int(h>>32*(m-1)>>32)) % int(m)
+	}
+	return others[a], others[b]
 }
 
 // choose is the place that a flow goes to which nothing keeps where it is; old is where it was, or -1.
-func (m model) choose(flow uint64, stage Stage, loads []int, here, old int) int {
+func (m model) choose(flow uint64, stage Stage, period uint64, loads []int, here, old int) int {
 	away := old >= 0 && old != here
 	worth := m.worth
 	if away {
@@ -36,14 +46,14 @@ func (m model) choose(flow uint64, stage Stage, loads []int, here, old int) int 
 	if loads[here] < worth {
 		return here
 	}
-	best, b := candidates(flow, stage, len(loads))
+	best, b := candidates(flow, stage, period, len(loads), here)
 	if loads[b] < loads[best] {
 		best = b
 	}
 	if away && loads[old] <= loads[best]+m.margin {
 		best = old
 	}
-	if best == here || loads[best]+m.margin > loads[here] {
+	if loads[best]+m.margin > loads[here] {
 		return here
 	}
 	return best

@@ -168,7 +168,7 @@ static __always_inline __u32 hash_for(__u32 place, __u32 n, __u64 flow)
 // better chooses a CPU for packets of a flow that nothing keeps where they were. old is the place they were, or NOWHERE.
 static __always_inline __u32 better(const struct control *c, __u64 now, __u32 here, __u32 old, __u64 flow, enum reason *why)
 {
-	__u32 n = c->cpus, a, b, busy, best;
+	__u32 n = c->cpus, m, a, b, busy, best;
 
 	*why = STALE;
 	if ((__s64)(now - c->heartbeat) > (__s64)c->timeout)
@@ -183,15 +183,23 @@ static __always_inline __u32 better(const struct control *c, __u64 now, __u32 he
 	*why = NO_BETTER;
 	if (n < 2 || n > CPUS)
 		return here;
-	flow = mix(flow);
-	a = (flow & 0xffffffff) * n >> 32;
-	b = a + 1 + ((flow >> 32) * (n - 1) >> 32);
-	if (b >= n)
-		b -= n;
+	// Two of the others, by chance: which ones changes with time, so that a flow that finds no better one tries on, and
+	// flows that look at the same moment look at different ones.
+	flow = mix(flow + (now >> 26));
+	m = n - 1;
+	a = (flow & 0xffffffff) * m >> 32;
+	b = a;
+	if (m > 1) {
+		b = a + 1 + ((flow >> 32) * (m - 1) >> 32);
+		if (b >= m)
+			b -= m;
+	}
+	a += a >= here;
+	b += b >= here;
 	best = c->load[b & (CPUS - 1)].busy < c->load[a & (CPUS - 1)].busy ? b : a;
 	if (old != NOWHERE && old != here && c->load[old & (CPUS - 1)].busy <= c->load[best & (CPUS - 1)].busy + c->margin)
 		best = old;
-	if (best == here || c->load[best & (CPUS - 1)].busy + c->margin > busy)
+	if (c->load[best & (CPUS - 1)].busy + c->margin > busy)
 		return here;
 	*why = STEERED;
 	return best;
