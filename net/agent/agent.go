@@ -51,7 +51,7 @@ type Part interface {
 	// here fails the pod.
 	PodAdded(control.Pod) error
 	// PodRemoved is called when a pod's interface is gone and before its address can be given to another; of the last part
-	// first.
+	// first. A part whose method Forgets() bool says so has removed the pod's connections from conntrack then.
 	PodRemoved(control.Pod) error
 	// PeersChanging surrounds a change of peers; the part calls apply once.
 	PeersChanging(added, changed, removed []peers.Lease, apply func() error) error
@@ -318,8 +318,15 @@ func (a *Agent) loop(ctx context.Context, updates <-chan peers.Update, events <-
 			if time.Since(last) > calm {
 				delay = repairDelay
 			}
+			// Not with the lock held: an interface that is being removed is mostly a pod's, whose DEL comes next and goes first.
+			a.overlay.Settle()
 			if !sleep(ctx, delay) {
 				return
+			}
+			select {
+			case more := <-events:
+				e.Links, e.Rules = e.Links || more.Links, e.Rules || more.Rules
+			default:
 			}
 			if a.repair(e) {
 				last = time.Now()
@@ -454,7 +461,11 @@ func (a *Agent) podRemoved(id string) error {
 			errs = append(errs, fmt.Errorf("%s: %w", part.Name(), err))
 		}
 	}
-	errs = append(errs, a.overlay.Forget(func(addr netip.Addr) bool { return addr == p.Address }))
+	// Looking through conntrack takes milliseconds however little is in it: once is enough.
+	forgets := func(part Part) bool { f, ok := part.(interface{ Forgets() bool }); return ok && f.Forgets() }
+	if !slices.ContainsFunc(a.cfg.Parts, forgets) {
+		errs = append(errs, a.overlay.Forget(func(addr netip.Addr) bool { return addr == p.Address }))
+	}
 	return errors.Join(errs...)
 }
 

@@ -231,14 +231,15 @@ func (p *Path) readPods() error {
 	return it.Err()
 }
 
-// DetachPod stops serving a pod. Its interface may be gone already. Addresses that are unknown are no error. When it returns,
-// no program holds what it knew of the pod.
+// DetachPod stops serving a pod. Its interface may be gone already. Addresses that are unknown are no error.
+//
+// It does not wait for programs that are running: one that holds what it knew of the pod sends a packet to its interface, whose
+// index has no other yet, or learns what is void, and AttachPod waits for them before it gives the slot to another pod.
 func (p *Path) DetachPod(addrs ...netip.Addr) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	defer p.begin()()
-	err := p.detachPod(addrs)
-	return errors.Join(err, p.forget(touches(addrs)), p.drain())
+	return errors.Join(p.detachPod(addrs), p.forget(touches(addrs)))
 }
 
 func (p *Path) detachPod(addrs []netip.Addr) error {

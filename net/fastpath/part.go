@@ -178,6 +178,9 @@ func (p *Part) PodRemoved(l control.Pod) error {
 	return p.path.DetachPod(l.Address)
 }
 
+// Forgets says that PodRemoved has removed the pod's connections from conntrack.
+func (p *Part) Forgets() bool { return p.path != nil }
+
 // PeersChanging takes nodes that go or change off the fast path before the ordinary path changes, and puts them on it
 // afterwards: what is on its way meanwhile teaches nothing.
 func (p *Part) PeersChanging(_, changed, removed []peers.Lease, apply func() error) error {

@@ -71,9 +71,10 @@ type Config struct {
 
 // Overlay holds a node's part of the pod network. All methods are safe for concurrent use.
 type Overlay struct {
-	cfg Config
-	nl  *netlink.Handle
-	nft *table
+	cfg    Config
+	nl     *netlink.Handle
+	settle *netlink.Handle // of Settle, which others must not wait for
+	nft    *table
 
 	mu     sync.Mutex
 	peers  []peers.Lease
@@ -111,7 +112,12 @@ func New(cfg Config) (*Overlay, error) {
 	if err != nil {
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
-	o := &Overlay{cfg: cfg, nl: nl, pods: map[string]control.Pod{}}
+	settle, err := netlink.NewHandleAt(cfg.NS, unix.NETLINK_ROUTE)
+	if err != nil {
+		nl.Close()
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	o := &Overlay{cfg: cfg, nl: nl, settle: settle, pods: map[string]control.Pod{}}
 	if err := o.preflight(); err != nil {
 		o.Close()
 		return nil, err
@@ -152,7 +158,17 @@ func (o *Overlay) preflight() error {
 }
 
 // Close lets go of what the process holds; the kernel keeps the overlay.
-func (o *Overlay) Close() { o.nl.Close() }
+func (o *Overlay) Close() {
+	o.nl.Close()
+	o.settle.Close()
+}
+
+// Settle waits until the change of devices or routes that is under way in the kernel is done: the removal of an interface, for
+// example, goes on for tens of milliseconds after its first notification, and who asks for anything meanwhile waits too.
+func (o *Overlay) Settle() {
+	const loopback = 1
+	_, _ = o.settle.LinkByIndex(loopback) // waits for the kernel's lock of the network's configuration (RTNL)
+}
 
 // Config is what New was given, with everything filled in.
 func (o *Overlay) Config() Config { return o.cfg }

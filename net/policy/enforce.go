@@ -34,7 +34,7 @@ const (
 type EnforcerOptions struct {
 	// NetNS is the network namespace of the node. The zero value and netns.None() mean the one of this process.
 	NetNS netns.NsHandle
-	// Around surrounds a change that concerns pods; it calls apply once and returns its error. The fast path stops learning and
+	// Around surrounds a change after which flows of pods may be judged differently; it calls apply once and returns its error. The fast path stops learning and
 	// forgets the flows of the plan's pods first, and learns again when apply has returned: the rules are changed then, and
 	// conntrack has forgotten what they forbid. It may not call the enforcer. Nil: nobody needs to know.
 	Around func(p *Plan, apply func() error) error
@@ -144,7 +144,7 @@ func (e *Enforcer) Apply(ctx context.Context, p *Plan) (res Result, err error) {
 			return err
 		})
 	}
-	if e.opts.Around == nil || len(p.Pods) == 0 {
+	if e.opts.Around == nil || !p.judges() {
 		return res, apply()
 	}
 	err = e.opts.Around(p, apply)
@@ -341,10 +341,18 @@ func (e *Enforcer) sweep(ctx context.Context, p *Plan) ([]Flow, error) {
 
 // isolated are the plan's pods that can have forbidden flows afterwards.
 func (p *Plan) isolated() []netip.Addr {
-	return slices.DeleteFunc(slices.Clone(p.Pods), func(a netip.Addr) bool {
-		lp := p.rules.pods[a]
-		return lp == nil || lp.profiles == [2]*profile{}
-	})
+	return slices.DeleteFunc(slices.Clone(p.Pods), func(a netip.Addr) bool { return !p.rules.isolates(a) })
+}
+
+// judges says whether any flow may be judged differently after the change: pods that no policy selects come and go without.
+func (p *Plan) judges() bool {
+	return slices.ContainsFunc(p.Pods, func(a netip.Addr) bool { return p.before == nil || p.before.isolates(a) || p.rules.isolates(a) })
+}
+
+// isolates says whether a policy selects the pod of this node with an address.
+func (r *Ruleset) isolates(a netip.Addr) bool {
+	lp := r.pods[a]
+	return lp != nil && lp.profiles != [2]*profile{}
 }
 
 // running says whether any of them was there before, and may have had packets on their way during the change.
