@@ -77,7 +77,7 @@ func (t *table) chains() []chain {
 		{
 			knftables.Chain{Name: forwardChain, Type: knftables.PtrTo(knftables.FilterType), Hook: knftables.PtrTo(knftables.ForwardHook), Priority: knftables.PtrTo(knftables.FilterPriority)},
 			[]rule{
-				{fmt.Sprintf(`iifname != { "lam*", %q } oifname != { "lam*", %[1]q } accept`, dev), "others' traffic"},
+				{others(dev), "others' traffic"},
 				{fmt.Sprintf(`ct state new ct status dnat fib daddr . iif oif exists meta mark set meta mark or %#x`, MarkHairpin),
 					"a pod that reaches itself by a port of the host"},
 				{`jump ` + PolicyChain, "policies"},
@@ -96,6 +96,16 @@ func (t *table) chains() []chain {
 			},
 		},
 	}
+}
+
+// others matches packets that neither come from a device of the overlay's nor go to one. Each comparison is an instruction, where
+// a set with "lam*" is a tree that is searched for every packet.
+func others(device string) string {
+	rule := `iifname != "lam*" oifname != "lam*" `
+	if !strings.HasPrefix(device, "lam") {
+		rule += fmt.Sprintf(`iifname != %q oifname != %[1]q `, device)
+	}
+	return rule + "accept"
 }
 
 func (t *table) prefixes(others []peers.Lease) []string {
