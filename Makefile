@@ -22,7 +22,7 @@ help:
 	@echo 'make systemd    the package in a new Debian 12 that is booted for it'
 	@echo 'make fuzz       every fuzzer for FUZZTIME ($(FUZZTIME))'
 	@echo 'make lint       gofmt, vet, staticcheck'
-	@echo 'make bench      lamina bench $$(BENCHFLAGS), with what it measures against'
+	@echo 'make bench      lamina bench $$(BENCHFLAGS), with what it measures against (BENCHFLAGS=net: the network)'
 	@echo 'make package    a Debian package and a tarball, in out/'
 	@echo 'make install    into PREFIX ($(PREFIX)), below DESTDIR; make uninstall takes it away'
 	@echo 'make clean      removes bin/ and out/'
@@ -57,6 +57,7 @@ demo: build
 	@scripts/ensure.sh demo
 	@scripts/demo
 
+# make bench BENCHFLAGS="net --full" measures the network, BENCHFLAGS="containers" containers.
 bench: build
 	@scripts/ensure.sh bench
 	@scripts/own.sh bench bin/lamina bench $(BENCHFLAGS)

@@ -37,6 +37,7 @@ type Config struct {
 
 	patience time.Duration                                // see Lab.patience; 0: the mode's
 	image    int64                                        // size of image files in bytes; 0: the mode's
+	noFiles  bool                                         // no filesystem is measured: any will do
 	find     func(*run, []Scenario) ([]*Contender, error) // who is here; nil: those that can be mounted
 }
 
@@ -248,7 +249,7 @@ func (r *run) wanted(s *Scenario) []string {
 	case len(r.cfg.Contenders) > 0:
 		return slices.DeleteFunc(slices.Clone(r.cfg.Contenders), func(name string) bool {
 			c, err := find(name)
-			return err != nil || c.special && !slices.Contains(s.Contenders, name) && !slices.Contains(s.More, name)
+			return err == nil && c.special && !slices.Contains(s.Contenders, name) && !slices.Contains(s.More, name)
 		})
 	case r.cfg.Mode == Quick && s.Quick != nil:
 		return s.Quick
@@ -415,6 +416,9 @@ func (r *run) chooseFilesystem() (why, err error) {
 		return why, nil
 	}
 	if r.cfg.Filesystem == OnDir {
+		if r.cfg.noFiles {
+			return nil, nil
+		}
 		return nil, checkUpper(r.scratch)
 	}
 	if _, known := filesystems[r.cfg.Filesystem]; !known {

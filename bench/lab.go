@@ -119,6 +119,12 @@ func (l *Lab) within(part float64, f func() error) error {
 	return f()
 }
 
+// alone does something for a contender. If it fails the contender is out of the scenario.
+func (l *Lab) alone(c *Contender, f func() error) error {
+	_, err := l.try(turn{c, 0}, "", func(*Contender, int) error { return f() })
+	return err
+}
+
 // turn is one contender's measurement of one thing.
 type turn struct {
 	contender *Contender

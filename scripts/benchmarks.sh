@@ -1,6 +1,6 @@
 #!/bin/sh
-# benchmarks.sh FILE [DOCUMENT]: put the tables of a run (`lamina bench --json >FILE`) into docs/benchmarks.md, in the place
-# of those that are there. What stands between the tables stays.
+# benchmarks.sh FILE [DOCUMENT]: put the tables of a run (`lamina bench --json >FILE`, `lamina bench net --json >FILE`) into
+# DOCUMENT (docs/benchmarks.md), in the place of those that are there. What stands between the tables stays.
 set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 run=$1

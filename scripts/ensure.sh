@@ -12,7 +12,8 @@ containerd:containerd runc:runc busybox:busybox-static podman:podman buildah:bui
 nft:nftables ip:iproute2 bridge:iproute2 nstat:iproute2 conntrack:conntrack ping:iputils-ping"
 bench="mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs losetup:mount findmnt:util-linux fuse-overlayfs:fuse-overlayfs \
 fio:fio sqlite3:sqlite3 git:git tar:tar mariadbd:mariadb-server-core mariadb:mariadb-client-core sysbench:sysbench \
-containerd:containerd runc:runc busybox:busybox-static nginx:nginx-light"
+containerd:containerd runc:runc busybox:busybox-static nginx:nginx-light \
+ip:iproute2 bridge:iproute2 nft:nftables ethtool:ethtool wrk:wrk memcached:memcached"
 systemd="systemd-nspawn:systemd-container debootstrap:debootstrap busybox:busybox-static"
 demo="sqlite3:sqlite3 mkfs.ext4:e2fsprogs losetup:mount"
 

@@ -3,6 +3,7 @@ package report
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 )
@@ -58,6 +59,7 @@ func (r *Run) markTargets(b *strings.Builder) {
 		return
 	}
 	rows := [][]string{{"scenario", "figure", "reached", "target", "the floor reaches", ""}}
+	floors := slices.ContainsFunc(all, func(t Target) bool { return t.Floor != 0 })
 	for _, t := range all {
 		bound, floor, met := "≤ "+digits(t.Target), "", "met"
 		if t.AtLeast {
@@ -73,6 +75,11 @@ func (r *Run) markTargets(b *strings.Builder) {
 			met = "**missed**"
 		}
 		rows = append(rows, []string{t.Scenario, t.Says, digits(t.Value), bound, floor, met})
+	}
+	for i := range rows {
+		if !floors {
+			rows[i] = slices.Delete(rows[i], 4, 5)
+		}
 	}
 	markTable(b, rows)
 }

@@ -53,9 +53,9 @@ type Version struct {
 type Kind string
 
 const (
-	// Native is files without any union: the bound that nobody can beat honestly.
+	// Native is files without any union, or a network without any overlay: the bound that nobody can beat honestly.
 	Native Kind = "native"
-	// Overlay is kernel overlayfs as most hosts use it. At most one contender of a run.
+	// Overlay is kernel overlayfs, or VXLAN with a bridge, as most hosts use it. At most one contender of a run.
 	Overlay Kind = "overlayfs"
 	// Lamina is a variant of this program. The first one of the run is its default configuration, which the summary is
 	// about.
@@ -209,6 +209,14 @@ func (r *Run) First(k Kind) *Contender {
 		return nil
 	}
 	return &r.Contenders[i]
+}
+
+// Base names what ratios to a kind refer to.
+func (r *Run) Base(k Kind) string {
+	if c := r.First(k); c != nil {
+		return c.Name
+	}
+	return string(k)
 }
 
 // Contender returns the contender of a name, or nil.

@@ -98,7 +98,7 @@ func (t *terminal) metric(r *Run, m *Metric) {
 	if spread {
 		head = append(head, "q1 – q3")
 	}
-	head = append(head, "native", "overlayfs")
+	head = append(head, r.Base(Native), r.Base(Overlay))
 	if cpu {
 		head = append(head, "server", "client")
 	}
@@ -203,7 +203,7 @@ func (t *terminal) summary(r *Run) {
 		return
 	}
 	w := t.newTable()
-	w.AppendHeader(table.Row{self.Name, "to overlayfs", "worst – best", "to native", "worst – best"})
+	w.AppendHeader(table.Row{self.Name, "to " + r.Base(Overlay), "worst – best", "to " + r.Base(Native), "worst – best"})
 	for i := range r.Scenarios {
 		s := &r.Scenarios[i]
 		row := table.Row{s.Name}

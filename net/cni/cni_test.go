@@ -16,8 +16,6 @@ import (
 	"lamina/net/control"
 	"lamina/net/ipam"
 	"lamina/net/lab/cluster"
-
-	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) { os.Exit(cluster.MainAs(m, cli.Main)) }
@@ -406,45 +404,4 @@ func TestConcurrent(t *testing.T) {
 	}
 	each(func(_ int, p *cluster.Pod) error { return p.Del() })
 	empty(t, n)
-}
-
-// BenchmarkAddDel is 100 pods made and deleted in a row, by the plugin alone as a runtime runs it. It reports medians in ms, and
-// the CPU time of a run of the plugin on the average, which a busy machine distorts less.
-func BenchmarkAddDel(b *testing.B) {
-	c := cluster.New(b, 1)
-	n := c.Nodes[0]
-	const pods = 100
-	conf := n.PluginConf("1.1.0")
-	took, cpu := map[string][]time.Duration{}, map[string]time.Duration{}
-	for b.Loop() {
-		var all []*cluster.Pod
-		for range pods {
-			all = append(all, n.Namespace())
-		}
-		for _, command := range []string{"ADD", "DEL"} {
-			before := childrenCPU(b)
-			for _, p := range all {
-				start := time.Now()
-				out, err := n.Plugin(conf, "CNI_COMMAND="+command, "CNI_CONTAINERID="+p.Name, "CNI_IFNAME=eth0", "CNI_NETNS="+p.Path)
-				took[command] = append(took[command], time.Since(start))
-				if err != nil {
-					b.Fatalf("%s: %v %s", command, err, out)
-				}
-			}
-			cpu[command] += childrenCPU(b) - before
-		}
-	}
-	for command, all := range took {
-		slices.Sort(all)
-		b.ReportMetric(float64(all[len(all)/2].Microseconds())/1000, command+"-ms")
-		b.ReportMetric(float64(all[len(all)*99/100].Microseconds())/1000, command+"-p99-ms")
-		b.ReportMetric(float64(cpu[command].Microseconds())/1000/float64(len(all)), command+"-cpu-ms")
-	}
-}
-
-// childrenCPU is what this process's children have used that have ended.
-func childrenCPU(b *testing.B) time.Duration {
-	var u unix.Rusage
-	must(b, unix.Getrusage(unix.RUSAGE_CHILDREN, &u))
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }

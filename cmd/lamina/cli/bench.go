@@ -33,10 +33,14 @@ func (f *benchFlags) register(cmd *cobra.Command) {
 	flags := cmd.Flags()
 	flags.StringSliceVar(&f.config.Scenarios, "scenarios", nil, "only these scenarios")
 	flags.StringVar(&f.config.Dir, "dir", "", "measure below this directory instead of the one for temporary files")
-	flags.StringVar(&f.config.Filesystem, "filesystem", "", "measure on a fresh ext4, xfs or btrfs in an image file below DIR, or on what holds it (dir) (default: dir if a union can be measured there, otherwise ext4)")
 	flags.BoolVar(&f.asJSON, "json", false, "print JSON")
 	flags.StringVar(&f.html, "html", "", "also write a page with charts to this file")
 	flags.BoolVar(&f.strict, "strict", false, "fail when a target is missed, or a scenario or a contender failed")
+}
+
+// registerFilesystem adds the flag of those that measure files.
+func (f *benchFlags) registerFilesystem(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.config.Filesystem, "filesystem", "", "measure on a fresh ext4, xfs or btrfs in an image file below DIR, or on what holds it (dir) (default: dir if a union can be measured there, otherwise ext4)")
 }
 
 func benchCommand() *cobra.Command {
@@ -70,6 +74,7 @@ As a contender, lamina:OPTION+OPTION... is Lamina with any mount options, and ov
 	}
 	flags := cmd.Flags()
 	f.register(cmd)
+	f.registerFilesystem(cmd)
 	flags.BoolVar(&f.quick, "quick", false, "small files, few repetitions; meant for 3 minutes, where the default is for 10")
 	flags.BoolVar(&f.full, "full", false, "files as large as in the papers; meant for 36 minutes")
 	flags.StringSliceVar(&f.config.Contenders, "contenders", nil, "these contenders instead of each scenario's own choice")
@@ -82,7 +87,7 @@ As a contender, lamina:OPTION+OPTION... is Lamina with any mount options, and ov
 	for _, name := range []string{"quick", "full", "scenarios", "contenders", "dir", "filesystem", "rounds", "list"} {
 		cmd.MarkFlagsMutuallyExclusive("from", name)
 	}
-	cmd.AddCommand(containersCommand(), floorCommand(), manyCommand())
+	cmd.AddCommand(containersCommand(), benchNetCommand(), floorCommand(), manyCommand())
 	return cmd
 }
 
@@ -96,6 +101,7 @@ func benchList(w io.Writer) error {
 	for _, c := range bench.Catalogue() {
 		fmt.Fprintf(w, "  %-20s %s\n", c.Name, c.Describes)
 	}
+	fmt.Fprintln(w, "\nMore: lamina bench containers --list, lamina bench net --list")
 	return nil
 }
 

@@ -34,6 +34,7 @@ directory of its own below DIR; a container, mount or process that is left behin
 	}
 	flags := cmd.Flags()
 	f.register(cmd)
+	f.registerFilesystem(cmd)
 	flags.BoolVar(&f.quick, "quick", false, "small files, few repetitions")
 	flags.BoolVar(&f.full, "full", false, "more repetitions than the default")
 	flags.StringSliceVar(&f.config.Contenders, "contenders", nil, "only this snapshotter: overlayfs or lamina")

@@ -44,11 +44,13 @@ func TestBenchFrom(t *testing.T) {
 
 // The document has a place for every scenario's tables, and the script that puts them there leaves the text alone.
 func TestBenchmarksDocument(t *testing.T) {
-	doc, err := os.ReadFile("../../../docs/benchmarks.md")
-	must(t, err)
-	for _, s := range append(bench.Scenarios(), bench.Scenario{Name: "machine"}, bench.Scenario{Name: "targets"}, bench.Scenario{Name: "absent"}) {
-		if !bytes.Contains(doc, []byte("<!-- bench: "+s.Name+" -->")) {
-			t.Errorf("docs/benchmarks.md has no place for %s", s.Name)
+	for name, scenarios := range map[string][]bench.Scenario{"benchmarks.md": bench.Scenarios(), "benchmarks-net.md": bench.NetScenarios()} {
+		doc, err := os.ReadFile("../../../docs/" + name)
+		must(t, err)
+		for _, s := range append(scenarios, bench.Scenario{Name: "machine"}, bench.Scenario{Name: "targets"}, bench.Scenario{Name: "absent"}) {
+			if !bytes.Contains(doc, []byte("<!-- bench: "+s.Name+" -->")) {
+				t.Errorf("docs/%s has no place for %s", name, s.Name)
+			}
 		}
 	}
 	path := filepath.Join(t.TempDir(), "doc.md")

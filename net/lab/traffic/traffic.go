@@ -38,8 +38,11 @@ type Run struct {
 	At       netip.AddrPort // where the server listens
 	Flows    int            // at once; 0: 1
 	Duration time.Duration
-	Size     int  // bytes of a request, a datagram or a write; 0: 1 (65536 of a TCPStream)
-	Pin      bool // client threads on CPU 0, server threads on the last CPU
+	Size     int    // bytes of a request, a datagram or a write; 0: 1 (65536 of a TCPStream)
+	Request  []byte // TCPRR: what to ask the server that is at At already, in place of Size bytes of one that echoes
+	Answer   int    // bytes of its answer
+	Greet    bool   // UDPRate: a datagram there and one back come first, as with iperf3: conntrack calls the flow established
+	Pin      bool   // client threads on CPU 0, server threads on the last CPU
 }
 
 // Result is what a Run measured.
@@ -86,12 +89,15 @@ type measurement struct {
 var slice = unix.Timeval{Usec: 100_000}
 
 func (m *measurement) do(ctx context.Context) (Result, error) {
-	listener, err := m.listen()
-	if err != nil {
-		return Result{}, err
-	}
 	var servers, clients sync.WaitGroup
-	servers.Go(func() { m.thread(lastCPU(), func() error { return m.serve(listener, &servers) }) })
+	if m.Request == nil {
+		listener, err := m.listen()
+		if err != nil {
+			return Result{}, err
+		}
+		defer unix.Close(listener)
+		servers.Go(func() { m.thread(lastCPU(), func() error { return m.serve(listener, &servers) }) })
+	}
 	m.connected.Add(m.Flows)
 	for range m.Flows {
 		clients.Go(func() { m.thread(0, func() error { return m.client(ctx) }) })
@@ -105,7 +111,6 @@ func (m *measurement) do(ctx context.Context) (Result, error) {
 	cpu := busy() - before
 	close(m.done)
 	servers.Wait()
-	unix.Close(listener)
 	slices.Sort(m.latency)
 	res := Result{Count: m.count, Elapsed: elapsed, CPU: cpu}
 	if n := len(m.latency); n > 0 {
@@ -253,6 +258,10 @@ func (m *measurement) serveUDP(fd int) error {
 		if err != nil {
 			return err
 		}
+		if m.Kind == UDPRate && got != m.Size { // a greeting
+			unix.Sendto(fd, buf[:got], 0, from)
+			continue
+		}
 		n++
 		if m.Kind == UDPRR {
 			if err := unix.Sendto(fd, buf[:got], 0, from); err != nil && !waited(err) {
@@ -306,15 +315,25 @@ func (m *measurement) client(ctx context.Context) error {
 		return m.connections(ctx)
 	}
 	defer unix.Close(fd)
+	if m.Greet {
+		greeting := make([]byte, m.Size+1)
+		if err := m.transaction(fd, greeting, greeting); err != nil {
+			return fmt.Errorf("greeting: %w", err)
+		}
+	}
 	if m.Kind == TCPStream || m.Kind == UDPRate {
 		return m.push(fd, ctx)
 	}
-	buf := make([]byte, m.Size)
+	request, answer := m.Request, make([]byte, m.Answer)
+	if request == nil {
+		request = make([]byte, m.Size)
+		answer = request
+	}
 	latency := make([]time.Duration, 0, 1<<16)
 	var n uint64
 	defer func() { m.add(n, latency) }()
 	for now := time.Now(); now.Before(m.end) && ctx.Err() == nil; {
-		if err := m.transaction(fd, buf); err != nil {
+		if err := m.transaction(fd, request, answer); err != nil {
 			return err
 		}
 		then := time.Now()
@@ -326,19 +345,19 @@ func (m *measurement) client(ctx context.Context) error {
 }
 
 // transaction sends a request and waits for all of its answer. A lost datagram is sent again.
-func (m *measurement) transaction(fd int, buf []byte) error {
-	if _, err := unix.Write(fd, buf); err != nil {
+func (m *measurement) transaction(fd int, request, answer []byte) error {
+	if _, err := unix.Write(fd, request); err != nil {
 		return fmt.Errorf("request: %w", err)
 	}
-	for got := 0; got < len(buf); {
-		n, err := unix.Read(fd, buf[got:])
+	for got := 0; got < len(answer); {
+		n, err := unix.Read(fd, answer[got:])
 		switch {
 		case waited(err):
 			if time.Now().After(m.end.Add(5 * time.Second)) {
 				return errors.New("no answer")
 			}
 			if !m.tcp() {
-				unix.Write(fd, buf)
+				unix.Write(fd, request)
 			}
 		case err != nil:
 			return fmt.Errorf("answer: %w", err)
@@ -361,7 +380,7 @@ func (m *measurement) connections(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		err = m.transaction(fd, buf)
+		err = m.transaction(fd, buf, buf)
 		// A reset leaves no TIME_WAIT, of which there would be more than ports.
 		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 		unix.Close(fd)

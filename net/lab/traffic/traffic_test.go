@@ -25,6 +25,9 @@ func TestEveryKind(t *testing.T) {
 			}
 		}
 	}
+	if r, err := (Run{Kind: UDPRate, Greet: true, Client: a.NS, Server: b.NS, At: netip.AddrPortFrom(b.Addr, 5201), Duration: 100 * time.Millisecond}).Do(t.Context()); err != nil || r.Count == 0 {
+		t.Errorf("with a greeting: %+v %v", r, err)
+	}
 	if r, err := (Run{Kind: TCPRR, Client: a.NS, Server: b.NS, At: netip.MustParseAddrPort("192.0.2.1:1"), Duration: time.Millisecond}).Do(t.Context()); err == nil {
 		t.Errorf("an address that is nobody's: %+v", r)
 	}
