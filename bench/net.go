@@ -216,6 +216,8 @@ func (n *nets) measureTraffic(m traffic.Run, unit string) (rate, cpu *Metric, er
 	if m.Duration == 0 {
 		m.Duration = Pick(n.Mode(), 400*time.Millisecond, time.Second, time.Second)
 	}
+	// Whether the kernel puts the two ends of a single flow on one CPU or on two decides more than the network between them.
+	m.Pin = m.Flows <= 1
 	warm := m
 	warm.Duration = 200 * time.Millisecond
 	for _, c := range n.Contenders() {

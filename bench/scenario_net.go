@@ -25,7 +25,7 @@ func netScenario(name, title, describes string, f func(n *nets) error, tools ...
 
 var netTCP = netScenario("net-tcp-rr", "TCP: one byte there, one back",
 	"Two hosts are network namespaces joined by a veth pair as the cable. Over one TCP connection a byte goes there and one comes back, as often as "+
-		"it can (netperf's TCP_RR). Client and server are threads with blocking sockets.",
+		"it can (netperf's TCP_RR). Client and server are threads with blocking sockets, one on the first CPU and one on the last.",
 	func(n *nets) error {
 		m, cpu, err := n.measureTraffic(traffic.Run{Kind: traffic.TCPRR}, report.PerSecond)
 		if err == nil {
