@@ -126,7 +126,7 @@ func TestKubernetes(t *testing.T) {
 	api.Put(node("node9", fourth, there, "192.168.77.19 0e:00:00:00:00:09"))
 	entries("its address changes", "dst 192.168.77.19", true)
 	api.Put(node("node9", fourth, there, "somewhere"))
-	status(t, "an annotation that is none", n1, 3, "Node node9: annotation lamina/node", "the peers known before stay")
+	status(t, "an annotation that is none", n1, 3, "annotation lamina/node of Node node9", "the peers known before stay")
 	api.Delete(node("node9", fourth, there, ""))
 	entries("it disappears", "10.99.9.", false)
 	status(t, "and all is well", n1, 2)

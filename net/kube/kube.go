@@ -125,11 +125,11 @@ func New(opts Options) (*Cluster, error) {
 	}
 	core, err := client("/api", corev1.SchemeGroupVersion)
 	if err != nil {
-		return nil, fmt.Errorf("Kubernetes: %w", err)
+		return nil, fmt.Errorf("client of Kubernetes: %w", err)
 	}
 	networking, err := client("/apis", networkingv1.SchemeGroupVersion)
 	if err != nil {
-		return nil, fmt.Errorf("Kubernetes: %w", err)
+		return nil, fmt.Errorf("client of Kubernetes: %w", err)
 	}
 	signal := func() chan struct{} { return make(chan struct{}, 1) }
 	k := &Cluster{opts: opts, core: core, nodesChanged: signal(), policiesChanged: signal(), stateChanged: signal(), wrong: map[string]error{}}
@@ -305,7 +305,7 @@ func podCIDR(n *corev1.Node) (netip.Prefix, error) {
 	for _, s := range all {
 		p, err := netip.ParsePrefix(s)
 		if err != nil {
-			return p, fmt.Errorf("Node %s: podCIDR %q is not a prefix", n.Name, s)
+			return p, fmt.Errorf("podCIDR %q of Node %s is not a prefix", s, n.Name)
 		}
 		if p.Addr().Is4() {
 			return p, nil
@@ -430,7 +430,7 @@ func lease(n *corev1.Node, annotation string) (l peers.Lease, err error) {
 		l.MAC, err = peers.ParseMAC(mac)
 	}
 	if err != nil {
-		return l, fmt.Errorf("Node %s: annotation %s: %w: remove it, its agent writes it anew", n.Name, Annotation, err)
+		return l, fmt.Errorf("annotation %s of Node %s: %w: remove it, its agent writes it anew", Annotation, n.Name, err)
 	}
 	l.Prefix, err = podCIDR(n)
 	return l, err

@@ -93,7 +93,7 @@ func TestJoin(t *testing.T) {
 	srv.Put(node("one", "fd00::/64", "192.0.2.1", ""))
 	join(peers.Lease{}, "no IPv4 podCIDR", false)
 	srv.Put(node("one", "nonsense", "192.0.2.1", ""))
-	join(peers.Lease{}, `podCIDR "nonsense" is not a prefix`, true)
+	join(peers.Lease{}, `podCIDR "nonsense" of Node one is not a prefix`, true)
 	srv.Put(node("one", "10.0.1.0/24", "", ""))
 	join(peers.Lease{}, "no IPv4 InternalIP", true)
 	srv.Put(node("one", "10.0.1.0/24", "192.0.2.1", ""))
@@ -233,5 +233,30 @@ func TestSaved(t *testing.T) {
 	if len(old.Inventory.Pods) != 1 || old.Inventory.Pods[0].Addrs[0].String() != "10.0.1.2" || old.Inventory.Namespaces[0].Labels["tier"] != "gold" ||
 		len(old.Policies) != 1 || old.Policies[0].Name != "p" {
 		t.Errorf("%+v", old)
+	}
+}
+
+// A rule that cannot be enforced allows nothing; the rest of its policy holds.
+func TestUsable(t *testing.T) {
+	from := func(cidr string) networkingv1.NetworkPolicyIngressRule {
+		return networkingv1.NetworkPolicyIngressRule{From: []networkingv1.NetworkPolicyPeer{{IPBlock: &networkingv1.IPBlock{CIDR: cidr}}}}
+	}
+	p := &networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "p"}}
+	p.Spec.PolicyTypes = []networkingv1.PolicyType{networkingv1.PolicyTypeIngress}
+	p.Spec.Ingress = []networkingv1.NetworkPolicyIngressRule{from("::ffff:10.0.0.0/104"), from("10.1.0.0/16")}
+	got, err := usable(p)
+	if err == nil || !strings.Contains(err.Error(), "shop/p") || !strings.Contains(err.Error(), "allows nothing") {
+		t.Errorf("error: %v", err)
+	}
+	if got == nil || !reflect.DeepEqual(got.Spec.Ingress, p.Spec.Ingress[1:]) || len(got.Spec.PolicyTypes) != 1 || len(p.Spec.Ingress) != 2 {
+		t.Errorf("%+v of %+v", got, p)
+	}
+	p.Spec.PodSelector.MatchExpressions = []metav1.LabelSelectorRequirement{{Key: "a", Operator: "Near"}}
+	if got, err := usable(p); got != nil || err == nil || !strings.Contains(err.Error(), "not in force") {
+		t.Errorf("%+v, %v", got, err)
+	}
+	p.Spec = networkingv1.NetworkPolicySpec{PolicyTypes: p.Spec.PolicyTypes, Ingress: p.Spec.Ingress[1:]}
+	if got, err := usable(p); got != p || err != nil {
+		t.Errorf("%+v, %v", got, err)
 	}
 }

@@ -79,13 +79,16 @@ func (k *Cluster) Follow(ctx context.Context) {
 // tell sets what is known now.
 func (k *Cluster) tell() {
 	k.mu.Lock()
-	defer k.mu.Unlock()
-	now := k.gather()
+	now, err := k.gather()
 	k.told.SetPolicies(now.Policies)
 	k.told.SetInventory("kubernetes", now.Inventory)
+	k.mu.Unlock()
+	k.note("policies", err)
 }
 
-func (k *Cluster) gather() (now known) {
+// gather is what is known. The error tells of policies that are not as they should be.
+func (k *Cluster) gather() (now known, err error) {
+	var errs []error
 	for _, o := range k.pods.GetStore().List() {
 		if p := o.(*corev1.Pod); p.Status.Phase != corev1.PodSucceeded && p.Status.Phase != corev1.PodFailed { // another may have its address
 			now.Inventory.Pods = append(now.Inventory.Pods, podOf(p))
@@ -96,9 +99,41 @@ func (k *Cluster) gather() (now known) {
 		now.Inventory.Namespaces = append(now.Inventory.Namespaces, policy.Namespace{Name: n.Name, Labels: n.Labels})
 	}
 	for _, o := range k.policies.GetStore().List() {
-		now.Policies = append(now.Policies, o.(*networkingv1.NetworkPolicy))
+		p, err := usable(o.(*networkingv1.NetworkPolicy))
+		if err != nil {
+			errs = append(errs, err)
+		}
+		if p != nil {
+			now.Policies = append(now.Policies, p)
+		}
 	}
-	return now
+	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	return now, errors.Join(errs...)
+}
+
+// usable is a policy without the rules that cannot be enforced: an API server may have stored, or let in, what others refuse.
+// Such a rule allows nothing, and must not keep the other policies, and new pods, from being.
+func usable(p *networkingv1.NetworkPolicy) (*networkingv1.NetworkPolicy, error) {
+	wrong := policy.Validate(p)
+	if wrong == nil {
+		return p, nil
+	}
+	only := func(spec networkingv1.NetworkPolicySpec) bool {
+		spec.PodSelector, spec.PolicyTypes = p.Spec.PodSelector, p.Spec.PolicyTypes
+		return policy.Validate(&networkingv1.NetworkPolicy{ObjectMeta: p.ObjectMeta, Spec: spec}) == nil
+	}
+	out := p.DeepCopy()
+	out.Spec.Ingress = slices.DeleteFunc(out.Spec.Ingress, func(r networkingv1.NetworkPolicyIngressRule) bool {
+		return !only(networkingv1.NetworkPolicySpec{Ingress: []networkingv1.NetworkPolicyIngressRule{r}})
+	})
+	out.Spec.Egress = slices.DeleteFunc(out.Spec.Egress, func(r networkingv1.NetworkPolicyEgressRule) bool {
+		return !only(networkingv1.NetworkPolicySpec{Egress: []networkingv1.NetworkPolicyEgressRule{r}})
+	})
+	effect := "a rule with that allows nothing"
+	if policy.Validate(out) != nil {
+		out, effect = nil, "it is not in force"
+	}
+	return out, fmt.Errorf("policy %s/%s: %w: %s; put it right in Kubernetes", p.Namespace, p.Name, wrong, effect)
 }
 
 // podOf is what policies need to know of a pod.
@@ -170,7 +205,7 @@ func (k *Cluster) save() error {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	now := k.gather()
+	now, _ := k.gather() // tell has told
 	now.sort()
 	b, err := json.Marshal(now)
 	if err != nil || bytes.Equal(b, k.onDisk) {

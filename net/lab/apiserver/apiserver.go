@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -18,6 +17,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"lamina/net/lab"
 
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	corev1 "k8s.io/api/core/v1"
@@ -96,14 +97,7 @@ func (s *Server) Start() {
 func (s *Server) Kubeconfig(token string) string {
 	s.t.Helper()
 	path := filepath.Join(s.t.TempDir(), "kubeconfig")
-	err := os.WriteFile(path, fmt.Appendf(nil, `
-apiVersion: v1
-kind: Config
-clusters: [{name: c, cluster: {server: "https://%s", certificate-authority: %q}}]
-users: [{name: u, user: {token: %q}}]
-contexts: [{name: x, context: {cluster: c, user: u}}]
-current-context: x
-`, s.opts.Address, s.opts.Cert, token), 0o600)
+	err := lab.Kubeconfig(path, s.opts.Address, s.opts.Cert, token)
 	if err != nil {
 		s.t.Fatal(err)
 	}
