@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -446,8 +445,9 @@ func (p *Part) writeMasks() error {
 type PartStatus struct {
 	State     string                 `json:"state"` // "on", "static", "off", or why not
 	CPUs      []CPUStatus            `json:"cpus"`
-	Saturated bool                   `json:"saturated"` // the host has no CPU time to spare: nothing is handed over
-	Pods      int                    `json:"pods"`      // whose packets are spread
+	Saturated bool                   `json:"saturated"`  // the host has no CPU time to spare: nothing is handed over
+	Pods      int                    `json:"pods"`       // whose packets are spread
+	NotSpread map[string]string      `json:"not_spread"` // addresses of pods whose packets stay on the VXLAN stage's CPU, and why
 	Stages    map[string]StageStatus `json:"stages"`
 }
 
@@ -495,6 +495,9 @@ func Summary(status map[string]any) string {
 	if s.Saturated {
 		line += " without time to spare"
 	}
+	if n := len(s.NotSpread); n > 0 {
+		line += fmt.Sprintf(", %d pods not spread", n)
+	}
 	return line + fmt.Sprintf("; handed over: %.1f%% of packets to the VXLAN stage, %.1f%% to pods; flows moved %d times",
 		100*s.Stages[VXLAN.String()].HandedOver(), 100*s.Stages[Pod.String()].HandedOver(), s.Stages[VXLAN.String()].Moves+s.Stages[Pod.String()].Moves)
 }
@@ -503,7 +506,10 @@ func Summary(status map[string]any) string {
 func (p *Part) Status() any {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s := PartStatus{State: "on", CPUs: []CPUStatus{}, Pods: len(p.pods) - len(p.podProblems), Stages: map[string]StageStatus{}}
+	s := PartStatus{State: "on", CPUs: []CPUStatus{}, Pods: len(p.pods) - len(p.podProblems), NotSpread: map[string]string{}, Stages: map[string]StageStatus{}}
+	for id, err := range p.podProblems {
+		s.NotSpread[p.pods[id].Address.String()] = err.Error()
+	}
 	switch {
 	case p.why != nil:
 		s.State = "off: " + p.why.Error()
@@ -540,15 +546,12 @@ func (s *steerer) status() (cpus []CPUStatus, saturated bool) {
 	return cpus, s.control.Saturated != 0
 }
 
-// Problems are what is wrong now.
+// Problems are what is wrong now. A pod that is not spread is none: it has its network.
 func (p *Part) Problems() (all []string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.sampleProblem != nil {
 		all = append(all, p.sampleProblem.Error())
-	}
-	for _, id := range slices.Sorted(maps.Keys(p.podProblems)) {
-		all = append(all, fmt.Sprintf("pod %s: %v", p.pods[id].Address, p.podProblems[id]))
 	}
 	return all
 }
