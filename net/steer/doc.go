@@ -10,7 +10,9 @@
 //	pod     host's end of a pod's veth pair, egress         keeps what comes from this host or the world where it is
 //
 // RPS with n CPUs takes a packet to cpus[hash * n >> 32], and leaves one whose hash is 0 alone. The hash for place i is
-// (i << 32) / n + 1 and 23 bits of the flow's own hash, which GRO sorts by.
+// (i << 32) / n + 1 and 23 bits of the flow's own hash, which GRO sorts by. A packet into a pod waits in its CPU's queue even
+// if nobody hands it over, so there the hash is that of the CPU it is on and never 0: what leaves by another way is spread
+// over routes and queues by it.
 //
 // # Choice
 //

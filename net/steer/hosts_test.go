@@ -383,6 +383,7 @@ func TestPlacement(t *testing.T) {
 			t.Errorf("%s: chosen %v, seen %v", stage, want, spied)
 		}
 	}
+	t.Logf("sent on CPU 0, which is busy: VXLAN stage ran on %v, pods' on %v", vxlan.counts(), inPod.counts())
 	if n := vxlan.counts()[0]; n != 0 {
 		t.Errorf("%d packets stayed on the busy CPU", n)
 	}
@@ -414,6 +415,7 @@ func TestNothingHandedOver(t *testing.T) {
 		blast(t, 0, 10, from.sockets(t, 10, netip.AddrPortFrom(to.Address, 7000)))
 		sent += 100
 		eventually(t, "all arrive", func() bool { return got.got.Load() == sent })
+		t.Logf("%s: VXLAN stage ran on %v, pods' on %v", c.why, vxlan.counts(), inPod.counts())
 		if v, p := vxlan.counts(), inPod.counts(); v[0] != sent || p[0] != sent {
 			t.Errorf("%s: stages ran on %v and %v", c.why, v, p)
 		}
@@ -446,6 +448,7 @@ func TestStatic(t *testing.T) {
 		blast(t, cpu, 10, from.sockets(t, 10, netip.AddrPortFrom(to.Address, 7000)))
 	}
 	eventually(t, "all arrive", func() bool { return got.got.Load() == 200 })
+	t.Logf("sent on both CPUs: VXLAN stage ran on %v, pods' on %v", vxlan.counts(), inPod.counts())
 	now, err := readSample()
 	must(t, err)
 	first, second := halves(now.set())

@@ -377,7 +377,7 @@ func TestKeepsOff(t *testing.T) {
 		if got := p.run(p.prog.TestNic, packet{hash: 5, tcIndex: keepOff, data: tunnelled(inner(1))}); got != 0 {
 			t.Errorf("handed over: %x", got)
 		}
-		if got := p.run(p.prog.TestDevice, packet{tcIndex: keepOff, data: inner(1)}); got != 0 {
+		if got := p.run(p.prog.TestDevice, packet{tcIndex: keepOff, data: inner(1)}); got == 0 || p.rps(got) != 0 {
 			t.Errorf("handed over by the device: %x", got)
 		}
 	}
@@ -444,6 +444,11 @@ func TestOthersUntouched(t *testing.T) {
 			t.Errorf("inner %s: hash %x", name, got)
 		}
 	}
+	for name, in := range map[string][]byte{"ARP": frame(0x0806, make([]byte, 28)), "IPv6": frame(0x86dd, make([]byte, 60))} {
+		if got := p.run(p.prog.TestDevice, packet{hash: 0xffffffff, data: in}); got == 0 || p.rps(got) != 0 {
+			t.Errorf("%s out of the tunnel: hash %x", name, got)
+		}
+	}
 	if n := p.reason(VXLAN, NoFlow); n != 4 {
 		t.Errorf("%d counted", n)
 	}
@@ -483,12 +488,15 @@ func (p *programs) nic0(in []byte) int {
 // Only what comes out of the tunnel may be handed over on its way into a pod.
 func TestPodProgram(t *testing.T) {
 	p := newPrograms(t)
+	p.set(4, 1, 0)
 	must(t, p.setDevice(1))
 	if got := p.run(p.prog.TestPod, packet{hash: 77, iif: 1, data: inner(1)}); got != 77 {
 		t.Errorf("out of the tunnel: %d", got)
 	}
 	must(t, p.setDevice(4))
-	if got := p.run(p.prog.TestPod, packet{hash: 77, iif: 1, data: inner(1)}); got != 0 {
-		t.Errorf("from elsewhere: %d", got)
+	for _, hash := range []uint32{1, 77, 1 << 31, 1<<32 - 1} {
+		if got := p.run(p.prog.TestPod, packet{hash: hash, iif: 1, data: inner(1)}); got == 0 || p.rps(got) != 0 {
+			t.Errorf("from elsewhere: %x", got)
+		}
 	}
 }

@@ -205,6 +205,17 @@ static __always_inline __u32 better(const struct control *c, __u64 now, __u32 he
 	return best;
 }
 
+// hash_here keeps a packet on its way into a pod on this CPU: it waits in this CPU's queue in any case. Where packets leave
+// by another way routing and queues of interfaces go by the hash, so it is not 0, which would be the same for all flows.
+static __always_inline __u32 hash_here(const struct control *c, __u64 flow)
+{
+	__u32 cpu = bpf_get_smp_processor_id(), n = c->cpus;
+
+	if (!n || cpu >= CPUS || c->place[cpu & (CPUS - 1)] == NOWHERE)
+		return 0;
+	return hash_for(c->place[cpu & (CPUS - 1)], n, flow);
+}
+
 // choose is the hash that takes the packet to the CPU of its next stage. 0: it goes on here.
 static __always_inline __u32 choose(const struct control *c, enum stage stage, __u64 flow, bool keep_off, struct local *local)
 {
@@ -257,7 +268,7 @@ static __always_inline __u32 choose(const struct control *c, enum stage stage, _
 	at = c->place[to & (CPUS - 1)];
 	if (at == NOWHERE)
 		return 0;
-	if (to == cpu && (ran_here || stage == POD))
+	if (to == cpu && ran_here)
 		return 0;
 	return hash_for(at, n, flow);
 }
@@ -315,7 +326,7 @@ static __always_inline int at_device(struct __sk_buff *skb)
 	__u64 flow;
 	__u32 hash = 0;
 
-	if (!c || !local)
+	if (!c || !local || !c->cpus)
 		return TCX_NEXT;
 	if (!skb->hash)
 		local->pending -= segments(skb);
@@ -324,7 +335,7 @@ static __always_inline int at_device(struct __sk_buff *skb)
 		hash = choose(c, POD, flow, skb->tc_index == KEEP_OFF, 0);
 	else
 		count(&reasons, POD * REASONS + NO_FLOW);
-	bpf_set_hash(skb, hash);
+	bpf_set_hash(skb, hash ? hash : hash_here(c, flow));
 	return TCX_NEXT;
 }
 
@@ -335,7 +346,7 @@ static __always_inline int at_pod(struct __sk_buff *skb)
 	struct control *c = the_control();
 
 	if (c && skb->ingress_ifindex != c->device)
-		bpf_set_hash(skb, 0);
+		bpf_set_hash(skb, hash_here(c, (__u64)bpf_get_hash_recalc(skb) << 8));
 	return TCX_NEXT;
 }
 
