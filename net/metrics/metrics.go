@@ -9,6 +9,7 @@ import (
 	"lamina/net/control"
 	"lamina/net/fastpath"
 	"lamina/net/policy"
+	"lamina/net/steer"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -30,6 +31,9 @@ var (
 	peers       = exporter.NewGauge("lamina_net_peers", "Other nodes, by whether everything that leads to them is there: ok or broken.", "state")
 	fastOn      = exporter.NewGauge("lamina_net_fastpath_on", "1 if established connections can bypass the ordinary path.")
 	packets     = exporter.NewCounter("lamina_net_packets_total", "Packets that the fast path's programs have seen, by why they did with them what they did. They begin at zero when the maps are made anew.", "program", "reason")
+	spread      = exporter.NewCounter("lamina_net_spread_packets_total", "Packets that steering's programs have seen, by stage (vxlan or pod) and why they went on where they did.", "stage", "reason")
+	handedOver  = exporter.NewCounter("lamina_net_handed_over_packets_total", "Packets that steering took to another CPU, by stage.", "stage")
+	flowMoves   = exporter.NewCounter("lamina_net_flow_moves_total", "Flows that steering moved from CPU to CPU, by stage.", "stage")
 	policies    = exporter.NewGauge("lamina_net_policies", "Network policies in force.")
 	policyPods  = exporter.NewGauge("lamina_net_policy_pods", "Addresses of this node's pods, by whether a policy selects them: isolated or open.", "state")
 	policyCut   = exporter.NewCounter("lamina_net_policy_cut_flows_total", "Established flows that changes of policies ended.")
@@ -40,7 +44,7 @@ var (
 var All = []exporter.Metric{
 	buildInfo, failed, started, problems, repairs,
 	nodeInfo, podMTU, underMTU, pods, addresses, damaged, peers,
-	fastOn, packets, policies, policyPods, policyCut, policyDrops,
+	fastOn, packets, spread, handedOver, flowMoves, policies, policyPods, policyCut, policyDrops,
 }
 
 // Collector asks an agent at every collection.
@@ -77,6 +81,7 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	put(repairs, float64(s.Repairs))
 	collectNode(&s, put)
 	collectFastPath(&s, put)
+	collectSteering(&s, put)
 	collectPolicies(&s, put)
 }
 
@@ -110,6 +115,21 @@ func collectFastPath(s *control.Status, put exporter.Putter) {
 		for reason, n := range reasons {
 			put(packets, float64(n), program, reason)
 		}
+	}
+}
+
+func collectSteering(s *control.Status, put exporter.Putter) {
+	var f steer.PartStatus
+	if !s.Part(steer.PartName, &f) {
+		return
+	}
+	for stage, of := range f.Stages {
+		for reason, n := range of.Reasons {
+			put(spread, float64(n), stage, reason)
+		}
+		over, _ := of.Counts()
+		put(handedOver, float64(over), stage)
+		put(flowMoves, float64(of.Moves), stage)
 	}
 }
 

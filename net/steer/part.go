@@ -91,8 +91,11 @@ func NewPart(o PartOptions) *Part {
 	return &Part{opts: o, pods: map[string]control.Pod{}, podProblems: map[string]error{}, was: map[string]saved{}}
 }
 
-// Name is "steering".
-func (p *Part) Name() string { return "steering" }
+// PartName is steering's in a status.
+const PartName = "steering"
+
+// Name is PartName.
+func (p *Part) Name() string { return PartName }
 
 // Start attaches to the underlay and the VXLAN device; pods follow by PodAdded.
 func (p *Part) Start(o *overlay.Overlay) error {
@@ -464,9 +467,8 @@ type StageStatus struct {
 	Reasons map[string]uint64      `json:"reasons"` // packets by why they went where they went
 }
 
-// HandedOver is the part of the packets that went to another CPU; 0 if there were none.
-func (s StageStatus) HandedOver() float64 {
-	var over, all uint64
+// Counts are the packets that went to another CPU, and all.
+func (s StageStatus) Counts() (over, all uint64) {
 	for from, row := range s.Packets {
 		for to, n := range row {
 			all += n
@@ -475,20 +477,21 @@ func (s StageStatus) HandedOver() float64 {
 			}
 		}
 	}
+	return over, all
+}
+
+// HandedOver is the part of the packets that went to another CPU; 0 if there were none.
+func (s StageStatus) HandedOver() float64 {
+	over, all := s.Counts()
 	if all == 0 {
 		return 0
 	}
 	return float64(over) / float64(all)
 }
 
-// Summary is a line for people of a PartStatus that has come as JSON.
-func Summary(status map[string]any) string {
-	var s PartStatus
-	b, err := json.Marshal(status)
-	if err == nil {
-		err = json.Unmarshal(b, &s)
-	}
-	if err != nil || s.State != "on" {
+// String is a line for people.
+func (s PartStatus) String() string {
+	if s.State != "on" {
 		return s.State
 	}
 	line := fmt.Sprintf("on, %d CPUs", len(s.CPUs))

@@ -314,8 +314,9 @@ func printNet(w io.Writer, s *control.Status) error {
 	if f, ok := s.Parts["fastpath"].(map[string]any); ok {
 		row("fast path", "%v, hits: %.1f%% of packets to other nodes, %.1f%% of those from them", f["state"], percent(f["egress_ratio"]), percent(f["ingress_ratio"]))
 	}
-	if p, ok := s.Parts["steering"].(map[string]any); ok {
-		row("steering", "%s", steer.Summary(p))
+	var spread steer.PartStatus
+	if s.Part(steer.PartName, &spread) {
+		row("steering", "%s", spread)
 	}
 	if p, ok := s.Parts["policies"].(map[string]any); ok {
 		row("policies", "%v in force, selecting %v of %v pods", p["policies"], p["isolated"], p["local"])
