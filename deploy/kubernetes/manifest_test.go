@@ -7,6 +7,8 @@ import (
 	"slices"
 	"testing"
 
+	"lamina/cmd/lamina/cli"
+
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
@@ -41,6 +43,15 @@ func checkDaemonSet(t *testing.T, d appsv1.DaemonSet) {
 		}
 	}
 	for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
+		if len(c.Args) > 0 { // of lamina, the image's program
+			command, flags, err := cli.Command().Find(c.Args)
+			if err == nil {
+				err = command.ParseFlags(flags)
+			}
+			if err != nil || !command.Runnable() {
+				t.Errorf("container %s: lamina %q: %v", c.Name, c.Args, err)
+			}
+		}
 		for _, m := range c.VolumeMounts {
 			if !slices.ContainsFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return v.Name == m.Name }) {
 				t.Errorf("container %s mounts a volume %s that there is not", c.Name, m.Name)
