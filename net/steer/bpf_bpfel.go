@@ -29,10 +29,10 @@ type bpfControl struct {
 	Number    [256]uint16
 	Place     [256]uint16
 	Load      [256]struct {
-		_       structs.HostLayout
-		Busy    uint32
-		Pad     uint32
-		Drained uint64
+		_         structs.HostLayout
+		Busy      uint32
+		Receiving uint32
+		Drained   uint64
 	}
 }
 

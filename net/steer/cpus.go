@@ -52,6 +52,7 @@ func parseMask(mask string) (s cpuSet, err error) {
 type cpu struct {
 	number      int
 	busy, total uint64 // since boot, in the unit of /proc/stat
+	receiving   uint64 // the part of busy that was in interrupts, hard and soft
 	empty       bool   // nothing waits in its queue of received packets
 }
 
@@ -106,7 +107,7 @@ func parseSample(softnet, stat []byte) (s sample, err error) {
 			continue // has come this moment
 		}
 		for at, v := range f[1:9] { // user nice system idle iowait irq softirq steal
-			const idle, iowait = 3, 4
+			const idle, iowait, irq, softirq = 3, 4, 5, 6
 			ticks, err := strconv.ParseUint(v, 10, 64)
 			if err != nil {
 				return nil, fmt.Errorf("/proc/stat: %w", err)
@@ -114,6 +115,9 @@ func parseSample(softnet, stat []byte) (s sample, err error) {
 			s[i].total += ticks
 			if at != idle && at != iowait {
 				s[i].busy += ticks
+			}
+			if at == irq || at == softirq {
+				s[i].receiving += ticks
 			}
 		}
 	}

@@ -111,7 +111,7 @@ func (h *host) sample() (sample, error) {
 		for i, c := range s {
 			h.total[c.number] += 1000
 			h.busy[c.number] += 1000 * (*loads)[c.number]
-			s[i].total, s[i].busy = h.total[c.number], uint64(h.busy[c.number])
+			s[i].total, s[i].busy, s[i].receiving = h.total[c.number], uint64(h.busy[c.number]), uint64(h.busy[c.number])
 		}
 	}
 	return s, err

@@ -37,13 +37,13 @@ func candidates(flow uint64, stage Stage, period uint64, n, here int) (a, b int)
 }
 
 // choose is the place that a flow goes to which nothing keeps where it is; old is where it was, or -1.
-func (m model) choose(flow uint64, stage Stage, period uint64, loads []int, here, old int) int {
+func (m model) choose(flow uint64, stage Stage, period uint64, receiving int, loads []int, here, old int) int {
 	away := old >= 0 && old != here
 	worth := m.worth
 	if away {
 		worth /= 2
 	}
-	if loads[here] < worth {
+	if receiving < worth {
 		return here
 	}
 	best, b := candidates(flow, stage, period, len(loads), here)

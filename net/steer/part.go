@@ -456,8 +456,9 @@ type PartStatus struct {
 
 // CPUStatus is a CPU that packets may be handed to.
 type CPUStatus struct {
-	Number int     `json:"number"`
-	Busy   float64 `json:"busy"` // 0 to 1, of the last quarter second or so
+	Number    int     `json:"number"`
+	Busy      float64 `json:"busy"`      // 0 to 1, of the last quarter second or so
+	Receiving float64 `json:"receiving"` // the part of it that was in interrupts: packets, mostly
 }
 
 // StageStatus is what was chosen for a stage since the maps were made.
@@ -544,7 +545,7 @@ func (s *steerer) status() (cpus []CPUStatus, saturated bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, n := range s.cpus {
-		cpus = append(cpus, CPUStatus{n, s.busy[n]})
+		cpus = append(cpus, CPUStatus{n, s.loads[n].busy, s.loads[n].receiving})
 	}
 	return cpus, s.control.Saturated != 0
 }

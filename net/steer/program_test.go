@@ -57,12 +57,12 @@ func newPrograms(t *testing.T) *programs {
 // set is a host of n CPUs that starts with this one; all others have the same load.
 func (p *programs) set(n int, here, others float64) {
 	p.t.Helper()
-	p.busy = map[int]float64{p.cpu: here}
+	p.loads = map[int]load{p.cpu: {here, here}}
 	cpus := cpuSet{}
 	for i := range n {
 		cpus = append(cpus, p.cpu+i)
 		if i > 0 {
-			p.busy[p.cpu+i] = others
+			p.loads[p.cpu+i] = load{others, others}
 		}
 	}
 	must(p.t, p.setCPUs(cpus))
@@ -225,6 +225,8 @@ func TestChoiceIsTheModels(t *testing.T) {
 			loads[i] = r.IntN(1001)
 			p.control.Load[i].Busy = uint32(loads[i])
 		}
+		receiving := r.IntN(loads[0] + 1)
+		p.control.Load[0].Receiving = uint32(receiving)
 		p.drain()
 		when := monotonic() >> 26
 		place := p.nic(flow)
@@ -234,7 +236,7 @@ func TestChoiceIsTheModels(t *testing.T) {
 			}
 			continue // nobody knows when it chose
 		}
-		want := model{worth: 300, margin: 100}.choose(hash, VXLAN, uint64(when), loads, 0, -1)
+		want := model{worth: 300, margin: 100}.choose(hash, VXLAN, uint64(when), receiving, loads, 0, -1)
 		if want == 0 {
 			want = -1 // goes on here
 			stayed++
@@ -305,7 +307,7 @@ func TestLeavesABusyCPU(t *testing.T) {
 	if got := p.run(p.prog.TestNic, packet{hash: 5, segments: 3, data: tunnelled(inner(1))}); got != 0 {
 		t.Fatal("the second: ", got)
 	}
-	p.control.Load[0].Busy = 1000
+	p.control.Load[0].Busy, p.control.Load[0].Receiving = 1000, 1000
 	must(t, p.write())
 	arrived := 0
 	for ; arrived < 3; arrived++ {
@@ -337,7 +339,7 @@ func TestStays(t *testing.T) {
 	}{
 		{Saturated, func() { p.control.Saturated = 1 }, func() { p.control.Saturated = 0 }},
 		{Stale, func() { p.control.Heartbeat -= uint64(2 * time.Hour) }, func() { p.control.Heartbeat = uint64(monotonic()) }},
-		{Idle, func() { p.control.Load[0].Busy = 349 }, func() { p.control.Load[0].Busy = 1000 }},
+		{Idle, func() { p.control.Load[0].Receiving = 349 }, func() {}},
 		{NoBetter, func() { p.fill(950); p.control.Margin = 100 }, func() { p.fill(0) }},
 	} {
 		p.set(4, 1, 0)

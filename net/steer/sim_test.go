@@ -49,7 +49,7 @@ func simulate(how way, cpus, flows int, asks, pauses float64, r *rand.Rand) (arr
 	}
 	busy, smooth := make([]float64, cpus), make([]float64, cpus)
 	saturated := false
-	m := model{worth: 700, margin: 300}
+	m := model{worth: 600, margin: 300}
 	const periods, warm = 80, 40
 	for period := range periods {
 		work(all, busy)
@@ -91,7 +91,7 @@ func (f *simFlow) choose(m model, loads []int, saturated bool, period uint64, r 
 		case saturated:
 			f.at[stage+1] = here
 		default:
-			f.at[stage+1] = m.choose(f.hash, stage, period, loads, here, at)
+			f.at[stage+1] = m.choose(f.hash, stage, period, loads[here], loads, here, at)
 		}
 	}
 }

@@ -39,7 +39,7 @@ type options struct {
 	port uint16 // of VXLAN
 
 	heartbeat time.Duration // what is older is missing; 0: 3 s
-	worth     float64       // a CPU that is less busy hands nothing over, 0 to 1; 0: 0.7; negative: each hands over
+	worth     float64       // a CPU that is less busy with packets hands nothing over, 0 to 1; 0: 0.6; negative: each hands over
 	margin    float64       // how much less busy another CPU has to be; 0: 0.3; negative: none
 	threshold float64       // of the host: above it nothing is handed over; 0: 0.85
 }
@@ -51,13 +51,16 @@ func (o *options) fill() {
 		}
 		*v = max(*v, 0)
 	}
-	or(&o.worth, 0.7)
+	or(&o.worth, 0.6)
 	or(&o.margin, 0.3)
 	or(&o.threshold, 0.85)
 	if o.heartbeat == 0 {
 		o.heartbeat = 3 * time.Second
 	}
 }
+
+// load is how busy a CPU is, 0 to 1: with anything, and with packets.
+type load struct{ busy, receiving float64 }
 
 // steerer is the programs and maps of a host. What is in the kernel outlives it.
 type steerer struct {
@@ -68,23 +71,23 @@ type steerer struct {
 	control bpfControl
 	cpus    cpuSet
 	last    sample
-	busy    map[int]float64 // by CPU
+	loads   map[int]load // by CPU
 }
 
 // open loads the programs, and takes over what an earlier process left pinned: attached programs are replaced by these
 // without a gap. Maps of another version are given up first, with everything attached.
 func open(o options) (*steerer, error) {
 	o.fill()
-	s := &steerer{o: o, busy: map[int]float64{}}
+	s := &steerer{o: o, loads: map[int]load{}}
 	if err := os.MkdirAll(filepath.Join(o.pins, "links"), 0o700); err != nil {
 		return nil, fmt.Errorf("steering: %w", err)
 	}
-	err := s.load()
+	err := s.loadMaps()
 	if errors.Is(err, ebpf.ErrMapIncompatible) {
 		if err := removePins(o.pins); err != nil {
 			return nil, err
 		}
-		err = s.load()
+		err = s.loadMaps()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("steering: %w", err)
@@ -107,7 +110,7 @@ func open(o options) (*steerer, error) {
 
 func thousandths(v float64) uint32 { return uint32(v*1000 + 0.5) }
 
-func (s *steerer) load() error {
+func (s *steerer) loadMaps() error {
 	return loadBpfObjects(&s.obj, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: s.o.pins}})
 }
 
@@ -241,7 +244,8 @@ func (s *steerer) setCPUs(cpus cpuSet) error {
 	}
 	for place, n := range cpus {
 		c.Number[place], c.Place[n] = uint16(n), uint16(place)
-		c.Load[place].Busy, c.Load[place].Drained = thousandths(s.busy[n]), 0
+		c.Load[place].Busy, c.Load[place].Receiving = thousandths(s.loads[n].busy), thousandths(s.loads[n].receiving)
+		c.Load[place].Drained = 0
 	}
 	return s.write()
 }
@@ -257,15 +261,17 @@ func (s *steerer) look(now sample, at time.Duration) error {
 		for _, was := range s.last {
 			if was.number == c.number && c.total > was.total {
 				const weight = 4 // of the past, 1: how quickly a load that ends is forgotten
-				latest := float64(c.busy-was.busy) / float64(c.total-was.total)
-				s.busy[c.number] += (latest - s.busy[c.number]) / weight
+				l, total := s.loads[c.number], float64(c.total-was.total)
+				l.busy += (float64(c.busy-was.busy)/total - l.busy) / weight
+				l.receiving += (float64(c.receiving-was.receiving)/total - l.receiving) / weight
+				s.loads[c.number] = l
 			}
 		}
 		if c.number >= maxCPUs || s.control.Place[c.number] == nowhere {
 			continue
 		}
 		l := &s.control.Load[s.control.Place[c.number]]
-		l.Busy = thousandths(s.busy[c.number])
+		l.Busy, l.Receiving = thousandths(s.loads[c.number].busy), thousandths(s.loads[c.number].receiving)
 		if c.empty {
 			l.Drained = uint64(at - guard)
 		}
@@ -279,7 +285,7 @@ func (s *steerer) look(now sample, at time.Duration) error {
 func (s *steerer) saturated() uint32 {
 	sum, limit := 0.0, s.o.threshold
 	for _, n := range s.cpus {
-		sum += s.busy[n]
+		sum += s.loads[n].busy
 	}
 	if s.control.Saturated != 0 {
 		limit -= 0.05 // so that it does not switch to and fro

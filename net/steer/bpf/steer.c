@@ -33,7 +33,7 @@ enum reason {
 	KEPT,       // packets of its flow may be under way: it follows them
 	STEERED,    // the better of two CPUs, and better than this one
 	NO_BETTER,  // neither of two CPUs has much less to do than this one
-	IDLE,       // this CPU has time to spare: handing over costs more than it brings
+	IDLE,       // packets do not keep this CPU busy: handing over costs more than it brings
 	SATURATED,  // no CPU of the host has time to spare
 	STALE,      // no heartbeat of the agent
 	TO_BE_FAST, // the fast path is about to learn the flow, or is renewing it
@@ -42,8 +42,7 @@ enum reason {
 };
 
 struct load {
-	__u32 busy; // in 1/1000
-	__u32 pad;
+	__u32 busy, receiving; // in 1/1000: with anything, with packets (in interrupts)
 	__u64 drained; // ns, monotonic: what was handed over before has been seen gone
 };
 
@@ -53,7 +52,7 @@ struct control {
 	__u64 secret;
 	__u32 cpus;      // n of RPS
 	__u32 saturated; // bool
-	__u32 worth;     // 1/1000: a CPU that is less busy hands nothing over
+	__u32 worth;     // 1/1000: a CPU that is less busy with packets hands nothing over
 	__u32 margin;    // 1/1000: how much less busy another has to be
 	__u32 vni, device; // device: the VXLAN device's index
 	__be16 port;
@@ -178,7 +177,7 @@ static __always_inline __u32 better(const struct control *c, __u64 now, __u32 he
 		return here;
 	*why = IDLE;
 	busy = c->load[here & (CPUS - 1)].busy;
-	if (busy < (old == NOWHERE || old == here ? c->worth : c->worth / 2))
+	if (c->load[here & (CPUS - 1)].receiving < (old == NOWHERE || old == here ? c->worth : c->worth / 2))
 		return here;
 	*why = NO_BETTER;
 	if (n < 2 || n > CPUS)
