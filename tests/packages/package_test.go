@@ -5,6 +5,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,7 @@ import (
 	"testing"
 
 	"lamina/doctor"
+	"lamina/net/peers"
 
 	"golang.org/x/sys/unix"
 )
@@ -180,7 +182,11 @@ func install(t *testing.T, deb string) {
 	if out, code := inside("/usr/sbin/mount.fuse.lamina"); code != 1 || !strings.Contains(out, "mount.fuse.lamina NAME MOUNTPOINT") {
 		t.Errorf("%d %q", code, out)
 	}
+	if out, code := inside("/bin/sh", "-c", `echo '{"cniVersion": "1.1.0"}' | CNI_COMMAND=VERSION /usr/lib/cni/lamina-cni`); code != 0 || !strings.Contains(out, `"1.1.0"`) {
+		t.Errorf("lamina-cni: %d %q", code, out)
+	}
 	examples(t, root)
+	netExamples(t, root)
 	units(t, root)
 	completions(t, root)
 	pages(t, root)
@@ -250,6 +256,40 @@ func examples(t *testing.T, root string) {
 	}
 }
 
+// netExamples are the container network's: the doctor misses nothing but what another package has, and the agent takes the
+// peers.
+func netExamples(t *testing.T, root string) {
+	const from = "/usr/share/doc/lamina/examples/net"
+	for _, f := range []struct{ example, as string }{{"10-lamina.conflist", "/etc/cni/net.d"}, {"net.toml", "/etc/lamina"}, {"peers", "/etc/lamina"}} {
+		b, err := os.ReadFile(filepath.Join(root, from, f.example))
+		must(t, err)
+		must(t, os.MkdirAll(root+f.as, 0o755))
+		must(t, os.WriteFile(filepath.Join(root, f.as, f.example), b, 0o644))
+	}
+	defer func() {
+		for _, dir := range []string{"/etc/cni", "/etc/lamina"} {
+			must(t, os.RemoveAll(root+dir))
+		}
+	}()
+	found := map[string]doctor.Finding{}
+	for _, f := range doctor.Run(doctor.Options{Root: root}) {
+		found[f.Check] = f
+	}
+	if f := found["net-cni"]; f.Level != doctor.OK || f.Found == "" {
+		t.Errorf("%+v", f)
+	}
+	if f := found["net-plugins"]; f.Level != doctor.Broken || !strings.HasPrefix(f.Found, "portmap ") {
+		t.Errorf("%+v", f)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	updates, err := peers.File(root + "/etc/lamina/peers").Watch(ctx)
+	must(t, err)
+	if u := <-updates; u.Err != nil || len(u.Leases) != 2 {
+		t.Errorf("%+v", u)
+	}
+}
+
 // units are without fault in systemd's opinion, on a machine that has the program.
 func units(t *testing.T, root string) {
 	host := "/lib/systemd/system"
@@ -264,7 +304,7 @@ func units(t *testing.T, root string) {
 			must(t, os.WriteFile(root+"/etc/systemd/system/"+filepath.Base(u), b, 0o644))
 		}
 	}
-	ours := []string{"lamina.slice", "lamina-snapshotter.socket", "lamina-snapshotter.service", "lamina-metrics.service"}
+	ours := []string{"lamina.slice", "lamina-snapshotter.socket", "lamina-snapshotter.service", "lamina-metrics.service", "lamina-net.service"}
 	cmd := exec.Command("systemd-analyze", append([]string{"verify", "--man=no", "--recursive-errors=no", "--root=" + root}, ours...)...)
 	out, err := cmd.CombinedOutput()
 	if err != nil || bytes.Contains(bytes.ReplaceAll(out, []byte(root), nil), []byte("lamina")) {
@@ -274,7 +314,8 @@ func units(t *testing.T, root string) {
 
 func completions(t *testing.T, root string) {
 	lamina := root + "/usr/bin/lamina"
-	for args, want := range map[string]string{"__complete sta": "status", "__complete top --s": "--sort", "__complete mount -o x --fo": "--foreground"} {
+	for args, want := range map[string]string{"__complete sta": "status", "__complete top --s": "--sort", "__complete mount -o x --fo": "--foreground",
+		"__complete net tr": "trace", "__complete net agent --fa": "--fastpath", "__complete net agent --fastpath=a": "auto"} {
 		if out := run(t, nil, lamina, strings.Fields(args)...); !strings.Contains(out, want) {
 			t.Errorf("%s: %s", args, out)
 		}
@@ -287,25 +328,38 @@ func completions(t *testing.T, root string) {
 	}
 }
 
-// pages: every command that help shows has one.
+// pages: every command that help shows has one, and so have commands of commands and the CNI plugin.
 func pages(t *testing.T, root string) {
-	help := run(t, nil, root+"/usr/bin/lamina", "--help")
-	_, commands, _ := strings.Cut(help, "Available Commands:\n")
-	commands, _, _ = strings.Cut(commands, "\n\n")
 	n := 0
-	for line := range strings.Lines(commands) {
-		name := strings.Fields(line)[0]
-		if name == "help" || name == "completion" {
-			continue
-		}
+	page := func(name string) {
 		n++
-		if _, err := os.Stat(root + "/usr/share/man/man8/lamina-" + name + ".8.gz"); err != nil {
+		if _, err := os.Stat(root + "/usr/share/man/man8/" + name + ".8.gz"); err != nil {
 			t.Error(err)
 		}
 	}
-	if n < 8 {
-		t.Errorf("%d commands in %q", n, help)
+	for _, name := range commands(t, root) {
+		page("lamina-" + name)
 	}
+	for _, name := range commands(t, root, "net") {
+		page("lamina-net-" + name)
+	}
+	page("lamina-cni")
+	if n < 15 {
+		t.Errorf("%d commands", n)
+	}
+}
+
+// commands are those that help shows.
+func commands(t *testing.T, root string, of ...string) (names []string) {
+	help := run(t, nil, root+"/usr/bin/lamina", append(of, "--help")...)
+	_, list, _ := strings.Cut(help, "Available Commands:\n")
+	list, _, _ = strings.Cut(list, "\n\n")
+	for line := range strings.Lines(list) {
+		if name := strings.Fields(line)[0]; name != "help" && name != "completion" {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // licences: what the program was built from is named in it, and in the file.

@@ -57,6 +57,7 @@ With --json the output is one object with the worst level and an array of findin
 	fs.BoolVar(&asJSON, "json", false, "print JSON")
 	fs.StringVar(&opt.Root, "root", "", "look for files and sockets below this directory, such as a host's root mounted in a container")
 	fs.StringVar(&opt.Only, "only", "", "check for the filesystem (files) or for the container network (net) alone")
+	_ = cmd.RegisterFlagCompletionFunc("only", cobra.FixedCompletions([]string{doctor.Files, doctor.Net}, cobra.ShellCompDirectiveNoFileComp))
 	fs.StringVar(&opt.ContainerdConfig, "containerd-config", "", "containerd's configuration instead of /etc/containerd/config.toml")
 	fs.StringVar(&opt.ContainerdSocket, "containerd-address", "", "containerd's socket instead of the one that its configuration names")
 	fs.StringVar(&opt.StorageConf, "storage-conf", "", "Podman's configuration of its storage instead of /etc/containers/storage.conf")

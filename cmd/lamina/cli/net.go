@@ -41,6 +41,7 @@ container runtime's plugins. What it puts on a host and how to read that is in d
 	cmd.AddCommand(netAgentCommand(), netStatusCommand(), netTopCommand(), netTraceCommand())
 	for _, c := range cmd.Commands() {
 		c.DisableFlagsInUseLine = true
+		c.ValidArgsFunction = cobra.NoFileCompletions
 	}
 	return cmd
 }
@@ -112,6 +113,7 @@ The configuration file is TOML whose keys are the names of the flags; what is on
 	fs.StringVar(&a.metrics, "metrics", "", "where to answer Prometheus at /metrics: HOST:PORT, or unix:PATH for a socket of root's alone; empty: nowhere")
 	fs.StringVar(&a.socket, "socket", control.Socket, "the unix socket for lamina-cni and lamina net status")
 	fs.StringVar(&a.state, "state", control.StateDir, "the directory for what must survive a reboot")
+	_ = cmd.RegisterFlagCompletionFunc("fastpath", cobra.FixedCompletions([]string{"auto", "on", "off"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 

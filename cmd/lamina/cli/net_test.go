@@ -1,10 +1,13 @@
 package cli
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/pelletier/go-toml/v2"
 )
 
 // A configuration file stands for flags; what is wrong in it is named with its place.
@@ -33,6 +36,29 @@ func TestNetAgentConfig(t *testing.T) {
 	agent("peers = \"/x\"\nfastpath = \"maybe\"\n", nil, "--fastpath=maybe", "auto, on or off")
 	if _, err := os.Stat(l.path("agent.sock")); err == nil {
 		t.Error("a socket is left")
+	}
+}
+
+// What the example of a configuration offers is what the agent has.
+func TestNetExample(t *testing.T) {
+	b, err := os.ReadFile("../../../deploy/examples/net/net.toml")
+	must(t, err)
+	var lines []string
+	for line := range strings.Lines(string(b)) {
+		if line = strings.TrimPrefix(line, "# "); strings.Contains(line, " = ") {
+			lines = append(lines, line)
+		}
+	}
+	values := map[string]any{}
+	must(t, toml.Unmarshal([]byte(strings.Join(lines, "")), &values))
+	flags := netAgentCommand().Flags()
+	for key, value := range values {
+		if f := flags.Lookup(key); f == nil || f.Value.Set(fmt.Sprint(value)) != nil {
+			t.Errorf("%s = %v", key, value)
+		}
+	}
+	if len(values) < 5 {
+		t.Errorf("%v", values)
 	}
 }
 
