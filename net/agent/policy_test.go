@@ -10,7 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"lamina/net/lab"
 	"lamina/net/lab/cluster"
+
+	"github.com/cilium/ebpf"
 )
 
 // The whole of it: agents, the CNI plugin, labels from CNI and from the pods file, across nodes; rules that come back when
@@ -141,5 +144,65 @@ spec:
 	bad.Env = []string{"CNI_ARGS=LAMINA_LABELS=no label:x"}
 	if _, err := bad.Add(); err == nil || !strings.Contains(err.Error(), "use labels as Kubernetes allows them") {
 		t.Errorf("a label that is none: %v", err)
+	}
+}
+
+// An agent that was killed in the middle of a change ends what the policies forbid when the next one starts, and no other
+// connection.
+func TestInterrupted(t *testing.T) {
+	dir := t.TempDir()
+	policy := func(ports string) {
+		must(t, os.WriteFile(filepath.Join(dir, "web.yaml"), fmt.Appendf(nil, `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: web, namespace: default}
+spec: {podSelector: {matchLabels: {app: web}}, ingress: [{ports: [%s]}]}
+`, ports), 0o644))
+	}
+	policy("{port: 7000}, {port: 7001}")
+	c := cluster.New(t, 2, "--policies", dir)
+	n := c.Nodes[0]
+	web, far := n.Pod("CNI_ARGS=LAMINA_LABELS=app:web"), c.Nodes[1].Pod()
+	conns := map[uint16]*lab.Conn{}
+	for _, port := range []uint16{7000, 7001} {
+		e := web.Echo(port)
+		defer e.Close()
+		conn, err := far.Dial("tcp", netip.AddrPortFrom(web.Addr, port))
+		must(t, err)
+		defer conn.Close()
+		must(t, conn.Exchange(1000))
+		conns[port] = conn
+	}
+	// The same entry is still there afterwards, and not one that was made of a packet in the middle.
+	id := func(port uint16) string {
+		out := n.Run("conntrack", "-L", "-o", "id", "-p", "tcp", "--orig-port-dst", fmt.Sprint(port))
+		_, id, _ := strings.Cut(out, " id=")
+		id, _, _ = strings.Cut(id, "\n")
+		return id
+	}
+	allowed := id(7000)
+	if allowed == "" || id(7001) == "" {
+		t.Fatalf("conntrack has %q and %q", allowed, id(7001))
+	}
+	n.Kill()
+	pins, err := ebpf.LoadPinnedMap(filepath.Join(n.Dir, "bpf", "lamina", "control"), nil)
+	must(t, err)
+	defer pins.Close()
+	control, err := pins.LookupBytes(uint32(0))
+	must(t, err)
+	const generation = 8 // offset in struct control
+	control[generation] |= 1
+	must(t, pins.Update(uint32(0), control, ebpf.UpdateExist))
+	policy("{port: 7000}")
+	n.Start()
+	must(t, conns[7000].Exchange(1000))
+	if now := id(7000); now != allowed || id(7001) != "" {
+		t.Errorf("the allowed connection was %q and is %q; the forbidden one is %q", allowed, now, id(7001))
+	}
+	must(t, conns[7001].SetDeadline(time.Now().Add(500*time.Millisecond)))
+	if _, err := conns[7001].Write([]byte("\x00\x00\x00\x01x")); err == nil {
+		if n, err := conns[7001].Read(make([]byte, 10)); err == nil {
+			t.Errorf("what the policy forbids is answered: %d bytes", n)
+		}
 	}
 }

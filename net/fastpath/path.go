@@ -199,7 +199,9 @@ func (p *Path) open() error {
 	if err := setConntrack(); err != nil {
 		return err
 	}
-	p.configure()
+	if err := p.configure(); err != nil {
+		return err
+	}
 	if err := p.dropDeadPods(); err != nil {
 		return err
 	}
@@ -306,7 +308,7 @@ func (p *Path) Remove() error {
 
 // configure writes what the options say. Whatever was learned under another configuration, or while a change was cut short,
 // is void.
-func (p *Path) configure() {
+func (p *Path) configure() error {
 	c, was := p.control, *p.control
 	want := was
 	want.Abi, want.Vni, want.Port = abi, p.o.VNI, big(p.o.Port)
@@ -325,17 +327,33 @@ func (p *Path) configure() {
 	}
 	p.interrupted = was.Generation%2 == 1
 	if want == was && was.Generation != 0 && !p.interrupted {
-		return
+		return nil
 	}
 	end := p.begin()
+	defer end()
 	p.flush()
 	want.Generation, want.Since = c.Generation, c.Since
 	*c = want
-	end()
+	if !p.interrupted {
+		return nil
+	}
+	// Nobody knows how far the change had come. It was about the pods whose records it had voided.
+	return p.forget(touches(p.podsSince(p.next())))
 }
 
-// Interrupted says whether an earlier process ended in the middle of a change. The caches have been emptied; what the change
-// was to do to policies and conntrack has to be done again.
+// podsSince are the addresses of the pods of which verdicts count since a generation.
+func (p *Path) podsSince(generation uint32) (addrs []netip.Addr) {
+	for a := range p.podIndexes() {
+		if rec, ok := p.getPod(a); ok && rec.Since == generation {
+			addrs = append(addrs, a)
+		}
+	}
+	return addrs
+}
+
+// Interrupted says whether an earlier process ended in the middle of a change. The caches have been emptied and the connections
+// of the pods that the change was about forgotten; what it was to do to policies has to be done again, with connections that
+// they forbid.
 func (p *Path) Interrupted() bool { return p.interrupted }
 
 // begin stops learning. The function that it returns starts it again; what was marked or learned before is older than then.

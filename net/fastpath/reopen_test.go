@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
@@ -191,6 +193,41 @@ func TestKilledInAChange(t *testing.T) {
 		s.mustCheck(Egress, s.sent(unix.IPPROTO_UDP, 0, 64, udp(1000, 80, nil)), Outdated)
 		s.relearn()
 		s.mustCheck(Egress, s.sent(unix.IPPROTO_UDP, 0, 64, udp(1000, 80, nil)), Hit)
+	})
+}
+
+// Of connections, only those go that the interrupted change was about.
+func TestKilledKeepsConnections(t *testing.T) {
+	s := learned(t)
+	other := addr("10.1.0.77")
+	s.here(func() {
+		must(t, s.putPod(other, s.podInfo, s.control.Generation)) // on an interface that exists
+		for i, pod := range []netip.Addr{podA, other} {
+			there, back := netlink.IPTuple{Protocol: unix.IPPROTO_UDP, SrcIP: pod.AsSlice(), DstIP: podB.AsSlice(), SrcPort: uint16(5000 + i), DstPort: 80}, netlink.IPTuple{}
+			back.Protocol, back.SrcIP, back.DstIP, back.SrcPort, back.DstPort = there.Protocol, there.DstIP, there.SrcIP, there.DstPort, there.SrcPort
+			must(t, s.nl.ConntrackCreate(netlink.ConntrackTable, unix.AF_INET, &netlink.ConntrackFlow{FamilyType: unix.AF_INET, Forward: there, Reverse: back, TimeOut: 100}))
+		}
+		known := func() (addrs []string) {
+			flows, err := s.nl.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+			must(t, err)
+			for _, f := range flows {
+				addrs = append(addrs, f.Forward.SrcIP.String())
+			}
+			slices.Sort(addrs)
+			return addrs
+		}
+		if all := known(); len(all) != 2 {
+			t.Fatalf("%v", all)
+		}
+		s.begin() // and never ends
+		must(t, s.void(Change{Pods: []netip.Addr{podA}}))
+		s.Close()
+		p, err := Open(s.options())
+		must(t, err)
+		s.Path = p
+		if left := known(); !p.Interrupted() || !slices.Equal(left, []string{other.String()}) {
+			t.Errorf("left: %v", left)
+		}
 	})
 }
 
