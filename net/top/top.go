@@ -12,6 +12,7 @@ import (
 	"lamina/net/control"
 	"lamina/net/fastpath"
 	"lamina/net/policy"
+	"lamina/net/steer"
 	"lamina/top/live"
 )
 
@@ -20,6 +21,13 @@ type Way struct {
 	Packets float64            `json:"packets_per_second"`
 	Hits    float64            `json:"hit_ratio"` // 0 if there were no packets
 	Misses  map[string]float64 `json:"misses_per_second"`
+}
+
+// Stage is what steering did with received packets of the ordinary path before a stage of it. Rates are by second.
+type Stage struct {
+	Packets float64 `json:"packets_per_second"`
+	Over    float64 `json:"handed_over_per_second"` // to another CPU
+	Moves   float64 `json:"moves_per_second"`       // of flows from CPU to CPU
 }
 
 // Rates is what happened in an interval.
@@ -32,6 +40,8 @@ type Rates struct {
 	Learning map[string]float64 `json:"learning_per_second"` // what the ordinary path shows the caches, by outcome
 	Dropped  map[string]float64 `json:"dropped_per_second"`  // by policies: see policy.Status
 	Cut      float64            `json:"cut_flows_per_second"`
+	Steering string             `json:"steering"` // "on", "static", "off", or why not; with "saturated" behind it if no CPU has time to spare
+	Stages   map[string]Stage   `json:"stages"`   // of steering, by name
 	Policies int                `json:"policies"`
 	Pods     int                `json:"pods"`
 	Peers    int                `json:"peers"`
@@ -47,6 +57,7 @@ type counters struct {
 	s    *control.Status
 	fast fastpath.PartStatus
 	pol  policy.Status
+	cpus steer.PartStatus
 }
 
 // Sampler makes rates of what an agent counts.
@@ -58,10 +69,14 @@ func (s *Sampler) Next(at time.Time, st *control.Status) Rates {
 	now := counters{at: at, s: st}
 	st.Part(fastpath.PartName, &now.fast)
 	st.Part(policy.PartName, &now.pol)
+	st.Part(steer.PartName, &now.cpus)
 	before := s.last
 	s.last = now
 	r := Rates{Time: at, Node: st.Node.Lease.Node.String(), FastPath: now.fast.State, Policies: now.pol.Policies, Pods: st.Pods, Peers: len(st.Peers),
-		Repairs: st.Repairs, Problems: st.Problems, Broken: []string{}, Learning: map[string]float64{}, Dropped: map[string]float64{}}
+		Repairs: st.Repairs, Problems: st.Problems, Broken: []string{}, Learning: map[string]float64{}, Dropped: map[string]float64{}, Steering: now.cpus.State, Stages: map[string]Stage{}}
+	if now.cpus.Saturated {
+		r.Steering += ", saturated"
+	}
 	if n := len(st.Repaired); n > 0 {
 		r.Repaired = &st.Repaired[n-1]
 	}
@@ -91,6 +106,12 @@ func (s *Sampler) Next(at time.Time, st *control.Status) Rates {
 	}
 	for why, n := range now.pol.Dropped {
 		r.Dropped[why] = live.Rate(before.pol.Dropped[why], n, seconds)
+	}
+	for name, stage := range now.cpus.Stages {
+		was := before.cpus.Stages[name]
+		over, all := stage.Counts()
+		wasOver, wasAll := was.Counts()
+		r.Stages[name] = Stage{live.Rate(wasAll, all, seconds), live.Rate(wasOver, over, seconds), live.Rate(was.Moves, stage.Moves, seconds)}
 	}
 	r.Cut = live.Rate(before.pol.Cut, now.pol.Cut, seconds)
 	return r
@@ -163,6 +184,7 @@ func (v *View) Help() []string {
 		"Packets are those between pods of this node and of others, counted where they enter the overlay.",
 		"Those that miss take the ordinary path; lamina net trace FLOW says why one flow does.",
 		"LEARNING: what the ordinary path shows the caches.",
+		"STEERING: received packets of the ordinary path, and how many of them went to another CPU for their next stage.",
 	}
 }
 
@@ -192,6 +214,12 @@ func (v *View) Table(int) []string {
 	for _, name := range byRate(r.Learning) {
 		reason, _ := fastpath.ParseReason(name)
 		add(lineForm, "  "+name, live.Count(r.Learning[name]), "", reason.Text())
+	}
+	add("")
+	add(lineForm, "STEERING", "PACKETS/S", "TO OTHERS", r.Steering)
+	for _, name := range slices.Sorted(maps.Keys(r.Stages)) {
+		stage := r.Stages[name]
+		add(lineForm, "  before "+name, live.Count(stage.Packets), live.Count(stage.Over), live.Count(stage.Moves)+"/s flows moved")
 	}
 	add("")
 	add(lineForm, "POLICIES", fmt.Sprint(r.Policies), "", "")

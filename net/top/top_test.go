@@ -34,7 +34,8 @@ func status(t *testing.T, started time.Time, hits, misses, dropped uint64) *cont
 	count := map[string]map[string]uint64{"egress": {"hit": hits, "lease_over": misses, "not_remote": 1000 * misses}, "ingress": {"hit": 2 * hits}, "egress_learn": {"learned": misses, "not_ipv4": 9}}
 	b, err := json.Marshal(control.Status{Started: started, Peers: []control.Peer{{State: control.PeerOK}, {State: "no route"}}, Repairs: 1,
 		Repaired: []control.Repair{{Time: started, What: "route to x\x1b"}}, Problems: []string{"peers: two\nlines"}, Pods: 3, Parts: map[string]any{
-			"fastpath": map[string]any{"state": "on", "counters": count}, "policies": map[string]any{"policies": 2, "dropped": map[string]uint64{"ingress": dropped}}}})
+			"fastpath": map[string]any{"state": "on", "counters": count}, "policies": map[string]any{"policies": 2, "dropped": map[string]uint64{"ingress": dropped}},
+			"steering": map[string]any{"state": "on", "saturated": true, "stages": map[string]any{"vxlan": map[string]any{"moves": dropped, "packets": map[string]any{"0": map[string]uint64{"0": hits, "1": misses}}}}}}})
 	must(t, err)
 	var s control.Status
 	must(t, json.Unmarshal(b, &s))
@@ -49,7 +50,7 @@ func TestRates(t *testing.T) {
 	}
 	r := s.Next(began.Add(2*time.Second), status(t, began, 680, 70, 9))
 	if r.Out.Packets != 100 || r.Out.Hits != 0.9 || r.Out.Misses["lease_over"] != 10 || len(r.Out.Misses) != 1 || r.In.Packets != 180 || r.In.Hits != 1 ||
-		r.Learning["learned"] != 10 || len(r.Learning) != 1 || r.Dropped["ingress"] != 2 {
+		r.Learning["learned"] != 10 || len(r.Learning) != 1 || r.Dropped["ingress"] != 2 || r.Stages["vxlan"] != (top.Stage{Packets: 100, Over: 10, Moves: 2}) {
 		t.Errorf("%+v", r)
 	}
 	// Another agent, and maps that were made anew.
@@ -68,7 +69,7 @@ func TestScreen(t *testing.T) {
 	s.Update(live.Sampled{At: began, Sample: status(t, began, 500, 50, 5)})
 	s.Update(live.Sampled{At: began.Add(2 * time.Second), Sample: status(t, began, 680, 70, 9)})
 	got := strings.Join(s.Lines(), "\n")
-	for _, want := range []string{"lamina net top", "3 pods, 2 peers", "fast path on", "90.00 %  100.00 %", "  lease_over ", "confirm the flow", "dropped ingress      2.0/s", "no route",
+	for _, want := range []string{"lamina net top", "3 pods, 2 peers", "fast path on", "90.00 %  100.00 %", "  lease_over ", "confirm the flow", "dropped ingress      2.0/s", "on, saturated", "  before vxlan           100        10  2.0/s flows moved", "no route",
 		"REPAIRS                    1            last: route to x", "PROBLEM  peers: two lines", "q quit"} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %q in\n%s", want, got)

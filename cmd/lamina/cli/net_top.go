@@ -14,7 +14,8 @@ func netTopCommand() *cobra.Command {
 		Use:   "top [--once] [--json] [--interval DURATION] [--socket SOCKET]",
 		Short: "show live what the pod network does",
 		Long: `Shows how many packets go between the pods of this node and those of other nodes, how many of them take the fast path, why
-the others do not, what the caches learn, what policies drop, and what the agent repaired. Rates are those of the last interval.
+the others do not, what the caches learn, how received packets are spread over CPUs, what policies drop, and what the agent
+repaired. Rates are those of the last interval.
 
 In a terminal q quits and ? lists the keys. Where standard output is no terminal a table is printed every interval, and with
 --json an object a line. With --once one interval is measured and printed.`,
