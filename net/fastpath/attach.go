@@ -97,7 +97,7 @@ func removePins(pins string) error {
 			return err
 		}
 	}
-	for _, name := range []string{bpfMapControl, bpfMapCounters, bpfMapFilters, bpfMapLocals, bpfMapNodes, bpfMapPods, bpfMapPrefixes} {
+	for _, name := range []string{bpfMapControl, bpfMapCounters, bpfMapFilters, bpfMapHits, bpfMapLocals, bpfMapNodes, bpfMapPods, bpfMapPrefixes} {
 		if err := os.Remove(filepath.Join(pins, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}

@@ -107,6 +107,7 @@ const (
 	bpfMapControl       = "control"
 	bpfMapCounters      = "counters"
 	bpfMapFilters       = "filters"
+	bpfMapHits          = "hits"
 	bpfMapLocals        = "locals"
 	bpfMapNodes         = "nodes"
 	bpfMapPods          = "pods"
@@ -172,6 +173,7 @@ type bpfMapSpecs struct {
 	Control  *ebpf.MapSpec `ebpf:"control"`
 	Counters *ebpf.MapSpec `ebpf:"counters"`
 	Filters  *ebpf.MapSpec `ebpf:"filters"`
+	Hits     *ebpf.MapSpec `ebpf:"hits"`
 	Locals   *ebpf.MapSpec `ebpf:"locals"`
 	Nodes    *ebpf.MapSpec `ebpf:"nodes"`
 	Pods     *ebpf.MapSpec `ebpf:"pods"`
@@ -207,6 +209,7 @@ type bpfMaps struct {
 	Control  *ebpf.Map `ebpf:"control"`
 	Counters *ebpf.Map `ebpf:"counters"`
 	Filters  *ebpf.Map `ebpf:"filters"`
+	Hits     *ebpf.Map `ebpf:"hits"`
 	Locals   *ebpf.Map `ebpf:"locals"`
 	Nodes    *ebpf.Map `ebpf:"nodes"`
 	Pods     *ebpf.Map `ebpf:"pods"`
@@ -218,6 +221,7 @@ func (m *bpfMaps) Close() error {
 		m.Control,
 		m.Counters,
 		m.Filters,
+		m.Hits,
 		m.Locals,
 		m.Nodes,
 		m.Pods,

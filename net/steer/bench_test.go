@@ -4,16 +4,12 @@ import (
 	"flag"
 	"fmt"
 	"net/netip"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"lamina/net/fastpath"
 	"lamina/net/lab/traffic"
-
-	"golang.org/x/sys/unix"
 )
 
 var (
@@ -22,23 +18,6 @@ var (
 	benchTime   = flag.Duration("steer.time", time.Second, "of one measurement of BenchmarkModes")
 	benchFlows  = flag.Int("steer.flows", 1, "flows at once of BenchmarkModes")
 )
-
-// cached gives a host the fast path with caches that only it knows.
-func (h *host) cached() {
-	h.t.Helper()
-	pins := newPins(h.t)
-	fast := fastpath.NewPart(fastpath.PartOptions{Pins: filepath.Dir(pins), Mode: fastpath.On, Logf: h.t.Logf})
-	must(h.t, fast.Start(h.overlay))
-	h.t.Cleanup(func() {
-		must(h.t, fast.Close())
-		must(h.t, fastpath.NewPart(fastpath.PartOptions{Pins: filepath.Dir(pins), Mode: fastpath.Off}).Start(h.overlay))
-		_ = unix.Rmdir(filepath.Join(filepath.Dir(pins), "links"))
-		_ = unix.Rmdir(filepath.Dir(pins))
-	})
-	for _, p := range h.overlay.Pods() {
-		must(h.t, fast.PodAdded(p))
-	}
-}
 
 // BenchmarkModes compares the modes on the ordinary path and behind the fast path, in turn:
 //

@@ -52,6 +52,7 @@ const (
 	bpfMapLocals   = "locals"
 	bpfMapReasons  = "reasons"
 	bpfProgDevice  = "device"
+	bpfProgHit     = "hit"
 	bpfProgNic     = "nic"
 	bpfProgPod     = "pod"
 )
@@ -99,6 +100,7 @@ type bpfSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfProgramSpecs struct {
 	Device *ebpf.ProgramSpec `ebpf:"device"`
+	Hit    *ebpf.ProgramSpec `ebpf:"hit"`
 	Nic    *ebpf.ProgramSpec `ebpf:"nic"`
 	Pod    *ebpf.ProgramSpec `ebpf:"pod"`
 }
@@ -168,6 +170,7 @@ type bpfVariables struct {
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfPrograms struct {
 	Device *ebpf.Program `ebpf:"device"`
+	Hit    *ebpf.Program `ebpf:"hit"`
 	Nic    *ebpf.Program `ebpf:"nic"`
 	Pod    *ebpf.Program `ebpf:"pod"`
 }
@@ -175,6 +178,7 @@ type bpfPrograms struct {
 func (p *bpfPrograms) Close() error {
 	return _BpfClose(
 		p.Device,
+		p.Hit,
 		p.Nic,
 		p.Pod,
 	)

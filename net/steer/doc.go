@@ -39,7 +39,16 @@
 //
 // # With the fast path
 //
-// What the fast path serves passes no stages. Its misses do; those of flows that it is about to serve, or serves and sends
+// What the fast path serves passes the pod's stage only, on the CPU it came to. While packets keep a CPU busy the fast path
+// calls one more program for it, which it finds in its map of hits:
+//
+//	hit     goes on into the pod (bpf_redirect_peer), or to the CPU it chooses by way of the veth pair and RPS of its end
+//
+// A flow that was served at once is handed over after a moment without packets, in which the latest have got into the pod; one
+// that comes back is served at once when its queue has been seen empty. The program stays as long as it hands anything over
+// and [calm] more.
+//
+// Misses pass all stages; those of flows that it is about to serve, or serves and sends
 // the ordinary way once to renew a lease, are left on their CPU, because the flow's next packets would overtake them.
 //
 // # When nobody looks after it

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"lamina/net/control"
+	"lamina/net/fastpath"
 	"lamina/net/ipam"
 	"lamina/net/lab"
 	"lamina/net/overlay"
@@ -132,6 +134,22 @@ func (h *host) load(cpu int, busy, others float64) {
 		cpus, _ := h.part.s.status()
 		return !slices.ContainsFunc(cpus, func(c CPUStatus) bool { d := c.Busy - loads[c.Number]; return d > 0.02 || d < -0.02 })
 	})
+}
+
+// change changes loads at random.
+func (h *host) change(done chan struct{}) {
+	for {
+		loads := map[int]float64{}
+		for cpu := range runtime.NumCPU() {
+			loads[cpu] = rand.Float64()
+		}
+		h.loads.Store(&loads)
+		select {
+		case <-done:
+			return
+		case <-time.After(30 * time.Millisecond):
+		}
+	}
 }
 
 func eventually(t testing.TB, what string, ok func() bool) {
@@ -324,7 +342,7 @@ func (p *pod) listen(t testing.TB, port int) *listener {
 				continue
 			}
 			number := binary.BigEndian.Uint64(b)
-			if number <= last[from] {
+			if number != 0 && number <= last[from] {
 				l.late.Add(1)
 			}
 			last[from] = max(number, last[from])
@@ -475,20 +493,7 @@ func TestOrder(t *testing.T) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer close(done)
-	wg.Go(func() { // the loads
-		for {
-			loads := map[int]float64{}
-			for cpu := range runtime.NumCPU() {
-				loads[cpu] = rand.Float64()
-			}
-			b.loads.Store(&loads)
-			select {
-			case <-done:
-				return
-			case <-time.After(30 * time.Millisecond):
-			}
-		}
-	})
+	wg.Go(func() { b.change(done) })
 	content := make([]byte, 1<<20)
 	for i := range content {
 		content[i] = byte(rand.Uint32())
@@ -525,6 +530,133 @@ func TestOrder(t *testing.T) {
 		t.Error("nothing came")
 	}
 	t.Logf("%d packets, moves %d and %d", got.got.Load(), b.status().Stages["vxlan"].Moves, b.status().Stages["pod"].Moves)
+}
+
+// cached gives a host the fast path.
+func (h *host) cached() {
+	h.t.Helper()
+	if h.opts.Pins == "" {
+		h.prepare(PartOptions{})
+	}
+	pins := filepath.Dir(h.opts.Pins)
+	fast := fastpath.NewPart(fastpath.PartOptions{Pins: pins, Mode: fastpath.On, Logf: h.t.Logf})
+	must(h.t, fast.Start(h.overlay))
+	h.t.Cleanup(func() {
+		h.stop()
+		must(h.t, fast.Close())
+		must(h.t, fastpath.NewPart(fastpath.PartOptions{Pins: pins, Mode: fastpath.Off}).Start(h.overlay))
+		_ = unix.Rmdir(filepath.Join(pins, "links"))
+		_ = unix.Rmdir(pins)
+	})
+	for _, p := range h.overlay.Pods() {
+		must(h.t, fast.PodAdded(p))
+	}
+}
+
+// hosts with the fast path, and a flow from a pod to a pod that takes it.
+func cachedHosts(t *testing.T) (b *host, from, to *pod) {
+	t.Helper()
+	a, b := newHosts(t, PartOptions{Mode: Off, change: eager})
+	from, to = a.pod(2), b.pod(2)
+	a.cached()
+	b.cached()
+	b.start(Auto)
+	return b, from, to
+}
+
+// learn has the caches know sockets' flows.
+func learn(t *testing.T, l *listener, sockets []*net.UDPConn) {
+	t.Helper()
+	before, n := l.got.Load(), uint64(0)
+	for range 5 {
+		for _, c := range sockets {
+			_, err := c.Write(make([]byte, 64)) // number 0
+			must(t, err)
+			n++
+		}
+		eventually(t, "all arrive", func() bool { return l.got.Load() == before+n })
+	}
+	l.late.Store(0)
+}
+
+// What the fast path serves is handed over too, while packets keep the CPU busy.
+func TestHitsPlacement(t *testing.T) {
+	b, from, to := cachedHosts(t)
+	got := to.listen(t, 7000)
+	sockets := from.sockets(t, 20, netip.AddrPortFrom(to.Address, 7000))
+	b.load(0, 1, 0)
+	onCPU(t, 0, func() { learn(t, got, sockets) })
+	sent := got.got.Load()
+	inPod := newSpy(t, to.Node, "eth0")
+	before := b.status().Stages["hits"]
+	const rounds = 20
+	for range rounds { // with gaps, across which a hit can be handed over
+		time.Sleep(3 * time.Millisecond)
+		blast(t, 0, 1, sockets)
+		sent += uint64(len(sockets))
+		eventually(t, "all arrive", func() bool { return got.got.Load() == sent })
+	}
+	now, earlier := chosenFor(b.status().Stages["hits"]), chosenFor(before)
+	for cpu := range now {
+		now[cpu] -= earlier[cpu]
+	}
+	spied := inPod.counts()
+	t.Logf("hits on CPU 0, which is busy: pods' stage ran on %v", spied)
+	if spied[0] > 5*rounds || spied[0]+spied[1] != rounds*20 && runtime.NumCPU() == 2 {
+		t.Errorf("pods' stage ran on %v", spied)
+	}
+	if now[1] > 0 && now[1] != spied[1] {
+		t.Errorf("chosen %v, seen %v", now, spied)
+	}
+	b.load(0, 0, 0)
+	b.part.s.mu.Lock()
+	b.part.s.control.Worth = 600
+	b.part.s.mu.Unlock()
+	eventually(t, "the fast path is left to itself", func() bool {
+		b.part.s.mu.Lock()
+		defer b.part.s.mu.Unlock()
+		return !b.part.s.serving
+	})
+}
+
+// Hits are not overtaken by hits when loads change.
+func TestHitsOrder(t *testing.T) {
+	b, from, to := cachedHosts(t)
+	slow(t, to.Node, "eth0")
+	got := to.listen(t, 7000)
+	sockets := from.sockets(t, 24, netip.AddrPortFrom(to.Address, 7000))
+	learn(t, got, sockets)
+	const lease = 5 * time.Second // then a packet takes the ordinary path, and hits may overtake it
+	end := time.Now().Add(lease - 3*time.Second)
+	numbers := make([]uint64, len(sockets))
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer close(done)
+	wg.Go(func() { b.change(done) })
+	for time.Now().Before(end) {
+		onCPU(t, 0, func() {
+			b := make([]byte, 200)
+			for range 1 + rand.IntN(400) {
+				for i, c := range sockets {
+					for range rand.IntN(4) {
+						numbers[i]++
+						binary.BigEndian.PutUint64(b, numbers[i])
+						_, _ = c.Write(b)
+					}
+				}
+			}
+		})
+		time.Sleep(time.Duration(rand.IntN(80)) * time.Millisecond)
+	}
+	s := b.status().Stages["hits"]
+	t.Logf("%d packets, %d moves, %.0f%% handed over", got.got.Load(), s.Moves, 100*s.HandedOver())
+	if late := got.late.Load(); late != 0 {
+		t.Errorf("%d of %d packets were overtaken", late, got.got.Load())
+	}
+	if s.Moves == 0 || s.HandedOver() == 0 {
+		t.Errorf("nothing was handed over: %+v", s)
+	}
 }
 
 // transfers sends content over TCP again and again.

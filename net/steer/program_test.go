@@ -502,3 +502,42 @@ func TestPodProgram(t *testing.T) {
 		}
 	}
 }
+
+// Hits of the fast path go into the pod at once, or to another CPU after a moment without packets; what has waited in a queue
+// is not overtaken.
+func TestHits(t *testing.T) {
+	p := newPrograms(t)
+	p.set(4, 1, 0)
+	hit := func() int { return p.rps(p.run(p.prog.TestHit, packet{data: inner(1)})) }
+	const moment = 3 * time.Millisecond
+	if got := hit(); got != -1 {
+		t.Fatalf("the first that is seen goes to %d", got)
+	}
+	time.Sleep(moment)
+	first := hit()
+	if first < 1 {
+		t.Fatalf("a busy CPU keeps it: %d", first)
+	}
+	time.Sleep(moment)
+	if got := hit(); got != first {
+		t.Errorf("moved from %d to %d though packets may be in its queue", first, got)
+	}
+	if got := p.device(1, 1); got != first {
+		t.Errorf("the ordinary path takes it to %d, not %d", got, first)
+	}
+	p.drain()
+	if got := hit(); got != -1 {
+		t.Errorf("does not begin anew: %d", got)
+	}
+	if got := p.device(1, 1); got != 0 {
+		t.Errorf("the ordinary path overtakes hits by %d", got)
+	}
+	if got := hit(); got != 0 {
+		t.Errorf("a hit overtakes a packet in this CPU's queue: %d", got)
+	}
+	c, err := p.counters()
+	must(t, err)
+	if c.moves[Hits] != 2 || c.chosen[Hits][p.cpu][p.cpu+first] != 2 {
+		t.Errorf("%+v", c)
+	}
+}

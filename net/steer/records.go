@@ -15,10 +15,11 @@ type Stage uint8
 const (
 	VXLAN Stage = iota
 	Pod
+	Hits // the pod's, of packets that the fast path serves
 	stages
 )
 
-var stageNames = [stages]string{"vxlan", "pod"}
+var stageNames = [stages]string{"vxlan", "pod", "hits"}
 
 func (s Stage) String() string { return stageNames[s] }
 

@@ -83,7 +83,7 @@ func simulate(how way, cpus, flows int, asks, pauses float64, r *rand.Rand) (arr
 // choose moves the stages of a flow that may be moved.
 func (f *simFlow) choose(m model, loads []int, saturated bool, period uint64, r *rand.Rand) {
 	paused := r.Float64() < f.pauses
-	for stage := range stages {
+	for stage := range Hits {
 		here, at := f.at[stage], f.at[stage+1]
 		ranHere := stage == VXLAN && at == here
 		switch {

@@ -26,6 +26,9 @@ var ErrNotSupported = errors.New("steering is not possible")
 // Times.
 const (
 	period = 50 * time.Millisecond // between looks at the CPUs
+	// calm is how long no hit has been handed over before the fast path is left to itself again: its next hits may overtake
+	// none.
+	calm = 2 * time.Second
 	// guard is how long a packet may take from the program that chose for it to the queue of the CPU that was chosen,
 	// and 2 ms by which the table's times may be behind.
 	guard = 12 * time.Millisecond
@@ -71,7 +74,12 @@ type steerer struct {
 	control bpfControl
 	cpus    cpuSet
 	last    sample
-	loads   map[int]load // by CPU
+
+	hits    *ebpf.Map     // the fast path's; nil: it has none
+	serving bool          // the hit program is in it
+	handed  uint64        // hits that have been handed over, as last seen
+	needed  time.Duration // when it was last of use, monotonic
+	loads   map[int]load  // by CPU
 }
 
 // open loads the programs, and takes over what an earlier process left pinned: attached programs are replaced by these
@@ -97,6 +105,10 @@ func open(o options) (*steerer, error) {
 		return nil, fmt.Errorf("steering: %w", err)
 	}
 	_ = s.obj.Control.Lookup(uint32(0), &s.control) // an earlier process'
+	if err := s.openHits(); err != nil {
+		s.close()
+		return nil, fmt.Errorf("steering: %w", err)
+	}
 	if s.control.Secret == 0 {
 		var b [8]byte
 		rand.Read(b[:])
@@ -126,7 +138,86 @@ func (s *steerer) probeTCX() error {
 	return l.Close()
 }
 
-func (s *steerer) close() { s.obj.Close() }
+func (s *steerer) close() {
+	s.obj.Close()
+	if s.hits != nil {
+		s.hits.Close()
+	}
+}
+
+func hitsOf(pins string) (*ebpf.Map, error) {
+	m, err := ebpf.LoadPinnedMap(filepath.Join(filepath.Dir(pins), "hits"), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the fast path's map of hits: %w", err)
+	}
+	return m, nil
+}
+
+// openHits takes over what an earlier process put into the fast path.
+func (s *steerer) openHits() (err error) {
+	if s.hits, err = hitsOf(s.o.pins); err != nil || s.hits == nil {
+		return err
+	}
+	var id uint32
+	if s.hits.Lookup(uint32(0), &id) == nil {
+		return s.serve(true)
+	}
+	return nil
+}
+
+// serve puts the hit program into the fast path, or takes it out.
+func (s *steerer) serve(on bool) error {
+	s.needed = monotonic()
+	if on {
+		if err := s.hits.Update(uint32(0), s.obj.Hit, ebpf.UpdateAny); err != nil {
+			return fmt.Errorf("the fast path's map of hits: %w", err)
+		}
+	} else if err := s.hits.Delete(uint32(0)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("the fast path's map of hits: %w", err)
+	}
+	s.serving = on
+	return nil
+}
+
+// watchHits has the fast path ask about its hits while packets keep a CPU busy, and as long as it has handed any over.
+func (s *steerer) watchHits(at time.Duration) error {
+	if s.hits == nil {
+		return nil
+	}
+	for _, n := range s.cpus {
+		if s.control.Saturated == 0 && thousandths(s.loads[n].receiving) >= s.control.Worth {
+			s.needed = at
+		}
+	}
+	if !s.serving {
+		if s.needed == at {
+			return s.serve(true)
+		}
+		return nil
+	}
+	c, err := s.counters()
+	if err != nil {
+		return err
+	}
+	over := uint64(0)
+	for from, row := range c.chosen[Hits] {
+		for to, n := range row {
+			if from != to {
+				over += n
+			}
+		}
+	}
+	if over != s.handed {
+		s.handed, s.needed = over, at
+	}
+	if at-s.needed > calm {
+		return s.serve(false)
+	}
+	return nil
+}
 
 // The programs by the names of their pins.
 func (s *steerer) program(name string) (*ebpf.Program, ebpf.AttachType) {
@@ -209,6 +300,14 @@ func removePins(pins string) error {
 	if err != nil {
 		return err
 	}
+	if hits, err := hitsOf(pins); err != nil {
+		return err
+	} else if hits != nil {
+		defer hits.Close()
+		if err := hits.Delete(uint32(0)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("the fast path's map of hits: %w", err)
+		}
+	}
 	for _, e := range entries {
 		if err := tcx.Detach(filepath.Join(pins, "links", e.Name())); err != nil {
 			return err
@@ -279,7 +378,7 @@ func (s *steerer) look(now sample, at time.Duration) error {
 	s.last = now
 	s.control.Saturated = s.saturated()
 	s.control.Heartbeat = uint64(at)
-	return s.write()
+	return errors.Join(s.write(), s.watchHits(at))
 }
 
 func (s *steerer) saturated() uint32 {

@@ -52,9 +52,11 @@ const (
 	testMapLocals      = "locals"
 	testMapReasons     = "reasons"
 	testProgDevice     = "device"
+	testProgHit        = "hit"
 	testProgNic        = "nic"
 	testProgPod        = "pod"
 	testProgTestDevice = "test_device"
+	testProgTestHit    = "test_hit"
 	testProgTestNic    = "test_nic"
 	testProgTestPod    = "test_pod"
 )
@@ -102,9 +104,11 @@ type testSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type testProgramSpecs struct {
 	Device     *ebpf.ProgramSpec `ebpf:"device"`
+	Hit        *ebpf.ProgramSpec `ebpf:"hit"`
 	Nic        *ebpf.ProgramSpec `ebpf:"nic"`
 	Pod        *ebpf.ProgramSpec `ebpf:"pod"`
 	TestDevice *ebpf.ProgramSpec `ebpf:"test_device"`
+	TestHit    *ebpf.ProgramSpec `ebpf:"test_hit"`
 	TestNic    *ebpf.ProgramSpec `ebpf:"test_nic"`
 	TestPod    *ebpf.ProgramSpec `ebpf:"test_pod"`
 }
@@ -174,9 +178,11 @@ type testVariables struct {
 // It can be passed to loadTestObjects or ebpf.CollectionSpec.LoadAndAssign.
 type testPrograms struct {
 	Device     *ebpf.Program `ebpf:"device"`
+	Hit        *ebpf.Program `ebpf:"hit"`
 	Nic        *ebpf.Program `ebpf:"nic"`
 	Pod        *ebpf.Program `ebpf:"pod"`
 	TestDevice *ebpf.Program `ebpf:"test_device"`
+	TestHit    *ebpf.Program `ebpf:"test_hit"`
 	TestNic    *ebpf.Program `ebpf:"test_nic"`
 	TestPod    *ebpf.Program `ebpf:"test_pod"`
 }
@@ -184,9 +190,11 @@ type testPrograms struct {
 func (p *testPrograms) Close() error {
 	return _TestClose(
 		p.Device,
+		p.Hit,
 		p.Nic,
 		p.Pod,
 		p.TestDevice,
+		p.TestHit,
 		p.TestNic,
 		p.TestPod,
 	)

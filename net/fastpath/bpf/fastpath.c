@@ -67,6 +67,15 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } counters SEC(".maps");
 
+// What steering does with hits of the ingress program while they keep a CPU busy; else it is empty.
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} hits SEC(".maps");
+
 struct vxlan {
 	__be32 flags, vni;
 } __attribute__((packed));
@@ -568,6 +577,8 @@ int ingress(struct __sk_buff *skb)
 	__builtin_memcpy(eth->h_dest, pod.mac, ETH_ALEN);
 	__builtin_memcpy(eth->h_source, pod.gateway, ETH_ALEN);
 	counted(INGRESS, HIT);
+	skb->cb[0] = pod.ifindex;
+	bpf_tail_call(skb, &hits, 0);
 	return bpf_redirect_peer(pod.ifindex, 0);
 }
 

@@ -25,8 +25,12 @@ char LICENSE[] SEC("license") = "Apache-2.0";
 // What the fast path puts into tc_index of a packet whose flow it is about to serve: also in ../../fastpath/bpf/fastpath.h.
 #define KEEP_OFF 0x6c61
 
-// The stages that a program chooses the CPU of.
-enum stage { VXLAN, POD, STAGES };
+// What tells the pod's program, in tc_index, that a CPU has been chosen.
+#define CHOSEN 0x6c62
+
+// The stages that a program chooses the CPU of. HITS is that of the pod for packets that the fast path serves: it has the
+// choices of POD, and counters of its own.
+enum stage { VXLAN, POD, HITS, STAGES };
 
 // Why a packet goes on where it does.
 enum reason {
@@ -74,7 +78,7 @@ struct {
 // whole. Flows that share a word share the choice. ns / 1024 << 16 | RAN_HERE | CPU
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, STAGES * FLOWLETS);
+	__uint(max_entries, HITS * FLOWLETS);
 	__type(key, __u32);
 	__type(value, __u64);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
@@ -218,9 +222,9 @@ static __always_inline __u32 hash_here(const struct control *c, __u64 flow)
 // choose is the hash that takes the packet to the CPU of its next stage. 0: it goes on here.
 static __always_inline __u32 choose(const struct control *c, enum stage stage, __u64 flow, bool keep_off, struct local *local)
 {
-	__u32 cpu = bpf_get_smp_processor_id(), i = stage * FLOWLETS + (flow >> 16) % FLOWLETS, here, at, to, n = c->cpus;
+	__u32 cpu = bpf_get_smp_processor_id(), i = (stage == VXLAN ? 0 : FLOWLETS) + (flow >> 16) % FLOWLETS, here, at, to, n = c->cpus;
 	__u64 *word = bpf_map_lookup_elem(&flowlets, &i), old, new, now = bpf_ktime_get_ns();
-	bool ran_here, free;
+	bool ran_here, free, direct = stage != POD; // what is not handed over does not even wait in this CPU's queue
 	enum reason why = KEPT;
 
 	if (!word || !n || cpu >= CPUS || c->place[cpu & (CPUS - 1)] == NOWHERE)
@@ -230,25 +234,33 @@ static __always_inline __u32 choose(const struct control *c, enum stage stage, _
 	to = old & CPU;
 	at = old ? c->place[to & (CPUS - 1)] : NOWHERE;
 	ran_here = old & RAN_HERE;
-	// May packets of the flow be overtaken? Those that ran here have left if no packet of this CPU's is on its way to
-	// the next program. Those that wait in a CPU's queue have left when the agent has seen the queue empty since.
+	// May packets of the flow be overtaken? Those that ran here have left for the VXLAN device if no packet of this CPU's
+	// is on its way there, and have arrived in the pod if they are not of the same handful as this one. Those that wait in
+	// a CPU's queue have left when the agent has seen the queue empty since.
 	if (at == NOWHERE || now >> 10 > (old >> 16) + 1000000)
 		free = true;
 	else if (ran_here && to == cpu)
-		free = local && !local->pending;
+		free = stage == VXLAN ? local && !local->pending : now >> 10 > (old >> 16) + 2000;
 	else
 		free = c->load[at & (CPUS - 1)].drained >> 10 > old >> 16;
+	if (stage == HITS && free && !(ran_here && to == cpu)) {
+		// Hits that nobody has seen here may have been before it.
+		to = cpu;
+		ran_here = true;
+		goto chosen;
+	}
 	if (free) {
 		if (keep_off) {
 			// The flow's next packets are about to bypass the stages, so this one runs through them at once.
 			count(&reasons, stage * REASONS + TO_BE_FAST);
 			return 0;
 		}
-		to = c->number[better(c, now, here, at, flow + stage, &why) & (CPUS - 1)];
-		ran_here = stage == VXLAN && to == cpu;
+		to = c->number[better(c, now, here, at, flow + (stage != VXLAN), &why) & (CPUS - 1)];
+		ran_here = direct && to == cpu;
 	} else {
-		ran_here = ran_here && to == cpu;
+		ran_here = direct && ran_here && to == cpu;
 	}
+chosen:
 	new = now >> 10 << 16 | (ran_here ? RAN_HERE : 0) | to;
 	// Writing each packet's time would have CPUs fight for the word. The agent's side allows for the difference.
 	if ((new ^ old) & 0xffff || (new >> 16) - (old >> 16) > 1000) {
@@ -344,10 +356,35 @@ static __always_inline int at_pod(struct __sk_buff *skb)
 {
 	struct control *c = the_control();
 
-	if (c && skb->ingress_ifindex != c->device)
+	if (skb->tc_index == CHOSEN)
+		skb->tc_index = 0;
+	else if (c && skb->ingress_ifindex != c->device)
 		bpf_set_hash(skb, hash_here(c, (__u64)bpf_get_hash_recalc(skb) << 8));
 	return TCX_NEXT;
 }
+
+// A packet that the fast path serves, at the NIC's ingress, without the tunnel: chooses the CPU of the pod's stage. The fast
+// path calls it, with the host's end of the pod's veth pair in cb[0], while it is in its map of hits.
+static __always_inline int at_hit(struct __sk_buff *skb)
+{
+	struct control *c = the_control();
+	__u32 ifindex = skb->cb[0], hash = 0;
+	__u64 flow;
+
+	if (c) {
+		flow = flow_of(skb, 0, c->secret);
+		if (flow)
+			hash = choose(c, HITS, flow, false, 0);
+	}
+	if (!hash)
+		return bpf_redirect_peer(ifindex, 0);
+	bpf_set_hash(skb, hash);
+	skb->tc_index = CHOSEN;
+	return bpf_redirect(ifindex, 0);
+}
+
+SEC("tcx/ingress")
+int hit(struct __sk_buff *skb) { return at_hit(skb); }
 
 SEC("tcx/ingress")
 int nic(struct __sk_buff *skb) { return at_nic(skb); }

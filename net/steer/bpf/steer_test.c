@@ -17,3 +17,14 @@
 TEST(nic)
 TEST(device)
 TEST(pod)
+
+// The hit program wants an interface in cb[0]: the loopback's.
+SEC("tcx/ingress")
+int test_hit(struct __sk_buff *skb)
+{
+	bpf_set_hash(skb, 0);
+	skb->cb[0] = 1;
+	at_hit(skb);
+	skb->cb[2] = skb->hash;
+	return 0;
+}
