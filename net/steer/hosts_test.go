@@ -494,11 +494,7 @@ func TestOrder(t *testing.T) {
 	defer wg.Wait()
 	defer close(done)
 	wg.Go(func() { b.change(done) })
-	content := make([]byte, 1<<20)
-	for i := range content {
-		content[i] = byte(rand.Uint32())
-	}
-	wg.Go(func() { transfers(t, from, to, content, done) })
+	wg.Go(func() { transfers(t, from, to, done) })
 	sockets := from.sockets(t, 24, netip.AddrPortFrom(to.Address, 7000))
 	numbers := make([]uint64, len(sockets))
 	enough := func() bool {
@@ -634,6 +630,7 @@ func TestHitsOrder(t *testing.T) {
 	defer wg.Wait()
 	defer close(done)
 	wg.Go(func() { b.change(done) })
+	wg.Go(func() { transfers(t, from, to, done) })
 	for time.Now().Before(end) {
 		onCPU(t, 0, func() {
 			b := make([]byte, 200)
@@ -659,8 +656,12 @@ func TestHitsOrder(t *testing.T) {
 	}
 }
 
-// transfers sends content over TCP again and again.
-func transfers(t *testing.T, from, to *pod, content []byte, done chan struct{}) {
+// transfers sends random content over TCP again and again.
+func transfers(t *testing.T, from, to *pod, done chan struct{}) {
+	content := make([]byte, 1<<20)
+	for i := range content {
+		content[i] = byte(rand.Uint32())
+	}
 	var l net.Listener
 	if err := to.Do(func() (err error) { l, err = net.Listen("tcp4", ":7001"); return err }); err != nil {
 		t.Error(err)
