@@ -49,7 +49,7 @@ func simulate(how way, cpus, flows int, asks, pauses float64, r *rand.Rand) (arr
 	}
 	busy, smooth := make([]float64, cpus), make([]float64, cpus)
 	saturated := false
-	m := model{worth: 600, margin: 300}
+	m := model{worth: 800, margin: 300}
 	const periods, warm = 80, 40
 	for period := range periods {
 		work(all, busy)

@@ -42,7 +42,7 @@ type options struct {
 	port uint16 // of VXLAN
 
 	heartbeat time.Duration // what is older is missing; 0: 3 s
-	worth     float64       // a CPU that is less busy with packets hands nothing over, 0 to 1; 0: 0.6; negative: each hands over
+	worth     float64       // a CPU that is less busy with packets hands nothing over, 0 to 1; 0: 0.8; negative: each hands over
 	margin    float64       // how much less busy another CPU has to be; 0: 0.3; negative: none
 	threshold float64       // of the host: above it nothing is handed over; 0: 0.85
 }
@@ -54,7 +54,7 @@ func (o *options) fill() {
 		}
 		*v = max(*v, 0)
 	}
-	or(&o.worth, 0.6)
+	or(&o.worth, 0.8)
 	or(&o.margin, 0.3)
 	or(&o.threshold, 0.85)
 	if o.heartbeat == 0 {
