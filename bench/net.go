@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -26,6 +27,7 @@ const (
 	onHosts    = "host"
 	onBridges  = "vxlan-bridge"
 	fastPath   = "lamina"
+	steered    = "lamina-steering"
 	routedPath = "lamina-routed"
 )
 
@@ -38,8 +40,9 @@ type netContender struct {
 var netContenders = []netContender{
 	{&Contender{Contender: report.Contender{Name: onHosts, Kind: report.Native, Describes: "the hosts' own network: no pods, no overlay"}}, nil},
 	{&Contender{Contender: report.Contender{Name: onBridges, Kind: report.Overlay, Describes: "pods on a bridge, routes into a VXLAN device, masquerade and conntrack: flannel's VXLAN backend with the CNI plugin bridge"}}, nil},
-	{&Contender{Contender: report.Contender{Name: fastPath, Kind: report.Lamina, Describes: "pods of Lamina's network, fast path on"}}, []string{"--fastpath=on"}},
-	{&Contender{Contender: report.Contender{Name: routedPath, Kind: report.Lamina, Describes: "pods of Lamina's network, ordinary path alone"}}, []string{"--fastpath=off"}},
+	{&Contender{Contender: report.Contender{Name: fastPath, Kind: report.Lamina, Describes: "pods of Lamina's network, fast path on, steering off"}}, []string{"--fastpath=on", "--steering=off"}},
+	{&Contender{Contender: report.Contender{Name: steered, Kind: report.Lamina, Describes: "pods of Lamina's network as it starts by default: fast path and steering"}}, []string{"--fastpath=on", "--steering=auto"}},
+	{&Contender{Contender: report.Contender{Name: routedPath, Kind: report.Lamina, Describes: "pods of Lamina's network, ordinary path alone"}}, []string{"--fastpath=off", "--steering=off"}},
 }
 
 // NetContenders are those of [NetScenarios], in the order in which they are shown.
@@ -101,6 +104,9 @@ func (r *run) findNets([]Scenario) ([]*Contender, error) {
 		if line := firstLine(r.ctx, v[0], v[1:]...); line != "" {
 			r.result.Machine.Versions = append(r.result.Machine.Versions, report.Version{Name: v[0], Version: line})
 		}
+	}
+	if cc, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control"); err == nil {
+		r.result.Machine.Versions = append(r.result.Machine.Versions, report.Version{Name: "TCP congestion control", Version: strings.TrimSpace(string(cc))})
 	}
 	var present []*Contender
 	for _, c := range netContenders {
@@ -214,7 +220,7 @@ func (n *nets) measureTraffic(m traffic.Run, unit string) (rate, cpu *Metric, er
 	}
 	n.addHits()
 	if m.Duration == 0 {
-		m.Duration = Pick(n.Mode(), 400*time.Millisecond, time.Second, time.Second)
+		m.Duration = Pick(n.Mode(), 400*time.Millisecond, 800*time.Millisecond, time.Second)
 	}
 	// Whether the kernel puts the two ends of a single flow on one CPU or on two decides more than the network between them.
 	m.Pin = m.Flows <= 1
@@ -258,6 +264,11 @@ func (m *Metric) ofHost(what string, least float64) {
 // ofBridge adds the figure of Lamina's rate over VXLAN's with a bridge: at least so much.
 func (m *Metric) ofBridge(what string, least float64) {
 	m.RatioAtLeast("x the rate of VXLAN + bridge: "+what, Of{fastPath, ""}, Of{onBridges, ""}, least)
+}
+
+// steeredOfFast adds the figure of Lamina's rate with steering over that without: at least so much.
+func (m *Metric) steeredOfFast(what string, least float64) {
+	m.RatioAtLeast("x the rate without steering: "+what, Of{steered, ""}, Of{fastPath, ""}, least)
 }
 
 // routedOfBridge is ofBridge of the ordinary path alone.

@@ -59,6 +59,7 @@ var netFlows = netScenario("net-udp-rr-16", "UDP: the same, 16 flows at once",
 		m, _, err := n.measureTraffic(traffic.Run{Kind: traffic.UDPRR, Flows: 16}, report.PerSecond)
 		if err == nil {
 			m.ofBridge("UDP_RR, 16 flows", 1)
+			m.steeredOfFast("UDP_RR, 16 flows", 0.95)
 			m.routedOfBridge("UDP_RR, 16 flows", 1)
 		}
 		return err
@@ -96,6 +97,7 @@ func (n *nets) stream(what string) error {
 	m, _, err := n.measureTraffic(traffic.Run{Kind: traffic.TCPStream}, report.BytesPerSec)
 	if err == nil {
 		m.ofHost(what, 0.95)
+		m.steeredOfFast(what, 0.95)
 		m.routedOfBridge(what, 1)
 	}
 	return err
@@ -104,10 +106,11 @@ func (n *nets) stream(what string) error {
 // rate is small datagrams one way.
 func (n *nets) rate(what string, greet bool) error {
 	m, _, err := n.measureTraffic(traffic.Run{
-		Kind: traffic.UDPRate, Size: 64, Greet: greet, Duration: Pick(n.Mode(), 500*time.Millisecond, 2*time.Second, 3*time.Second),
+		Kind: traffic.UDPRate, Size: 64, Greet: greet, Duration: Pick(n.Mode(), 500*time.Millisecond, 1500*time.Millisecond, 2*time.Second),
 	}, report.PerSecond)
 	if err == nil {
 		m.ofBridge(what, 1.25)
+		m.steeredOfFast(what, 0.95)
 		m.routedOfBridge(what, 1)
 	}
 	return err
@@ -146,7 +149,7 @@ http {
 	}
 	m := n.Metric(report.Metric{Name: "requests", Unit: report.PerSecond})
 	n.addHits()
-	seconds := Pick(n.Mode(), 1, 2, 2) // wrk knows whole ones
+	const seconds = 1 // wrk knows whole ones
 	err = n.served(func(p *pair.Pair) (func() error, error) {
 		return p.Serve(port, lookTool("nginx"), "-p", dir, "-c", conf)
 	}, func(c *Contender, p *pair.Pair) error {
@@ -194,7 +197,7 @@ func (n *nets) cache() error {
 	set := traffic.Run{Kind: traffic.TCPRR, Request: []byte("set key 0 0 100\r\n" + value + "\r\n"), Answer: len("STORED\r\n"), Duration: 100 * time.Millisecond}
 	get := traffic.Run{
 		Kind: traffic.TCPRR, Request: []byte("get key\r\n"), Answer: len("VALUE key 0 100\r\n" + value + "\r\nEND\r\n"), Flows: 4,
-		Duration: Pick(n.Mode(), 400*time.Millisecond, 2*time.Second, 2*time.Second),
+		Duration: Pick(n.Mode(), 400*time.Millisecond, time.Second, 1500*time.Millisecond),
 	}
 	err := n.served(func(p *pair.Pair) (func() error, error) {
 		stop, err := p.Serve(port, lookTool("memcached"), "-u", "root", "-l", p.At.String(), "-p", strconv.Itoa(port), "-U", "0", "-t", "1", "-m", "64")
@@ -238,7 +241,7 @@ func (n *nets) cni() error {
 			some = append(some, c)
 		}
 	}
-	n.most = Pick(n.Mode(), 1, 2, 3)
+	n.most = Pick(n.Mode(), 1, 1, 3)
 	err := n.Turns(some, []string{""}, func(c *Contender, _ int) error {
 		var all []*pair.Pod
 		defer func() {
