@@ -244,6 +244,9 @@ func (n *network) checkConntrack() []Finding {
 // checkFirewall looks for tables that drop what is forwarded, as Docker's and some firewalls' do.
 func (n *network) checkFirewall() Finding {
 	f := Finding{Check: "net-firewall", Found: "no other table drops what is forwarded"}
+	if legacy, ok := n.checkLegacy(); ok {
+		return legacy
+	}
 	nft := n.program("nft")
 	if nft == "" {
 		return f
@@ -282,6 +285,22 @@ func (n *network) checkFirewall() Finding {
 		return f
 	}
 	return f
+}
+
+// checkLegacy looks at the tables of before nftables, which nft does not show. The kernel lists those that are in use.
+func (n *network) checkLegacy() (f Finding, dropped bool) {
+	const program = "iptables-legacy"
+	b, err := n.read("/proc/net/ip_tables_names")
+	if err != nil || !slices.Contains(strings.Fields(string(b)), "filter") || n.program(program) == "" {
+		return f, false
+	}
+	out, err := n.output(n.program(program), "-S", "FORWARD")
+	rules := string(out)
+	if err != nil || !strings.Contains(rules, "-P FORWARD DROP") || strings.Contains(rules, "-i lam+ ") && strings.Contains(rules, "-o lam+ ") {
+		return f, false
+	}
+	return Finding{"net-firewall", Broken, "chain FORWARD of " + program + " drops what is forwarded and not allowed there", "pods reach their host and nothing else",
+		fmt.Sprintf("%s -I FORWARD -i lam+ -j ACCEPT; %[1]s -I FORWARD -o lam+ -j ACCEPT", program)}, true
 }
 
 // readCNI reads what is in a runtime's directory of CNI configurations.

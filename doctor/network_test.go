@@ -34,7 +34,7 @@ func networked(t *testing.T, changed map[string]string) string {
 		files[path] = text
 	}
 	root := fake(t, files)
-	for _, program := range []string{"/opt/cni/bin/lamina-cni", "/opt/cni/bin/portmap", "/usr/lib/cni/lamina-cni", "/usr/sbin/nft", "/usr/bin/containerd"} {
+	for _, program := range []string{"/opt/cni/bin/lamina-cni", "/opt/cni/bin/portmap", "/usr/lib/cni/lamina-cni", "/usr/sbin/nft", "/usr/bin/containerd", "/usr/sbin/iptables-legacy"} {
 		if err := os.Chmod(root+program, 0o755); err != nil && !os.IsNotExist(err) {
 			t.Fatal(err)
 		}
@@ -106,14 +106,18 @@ echo '{"nftables": [{"metainfo": {}}, {"chain": {"family": "inet", "table": "lam
 		"UDP is forgotten":     {map[string]string{sys + "udp_timeout": "5"}, "net-udp-timeout", Costs, "udp_timeout=30"},
 		"Docker":               {map[string]string{"/usr/sbin/nft": dropping("table ip filter { chain DOCKER-USER { } }")}, "net-firewall", Broken, "iptables -I DOCKER-USER -i lam+"},
 		"a firewall":           {map[string]string{"/usr/sbin/nft": dropping("")}, "net-firewall", Broken, "iptables -I FORWARD -i lam+"},
-		"it allows":            {map[string]string{"/usr/sbin/nft": dropping(`iifname "lam*" accept oifname "lam*" accept`)}, "net-firewall", OK, "no other"},
-		"nft fails":            {map[string]string{"/usr/sbin/nft": "#!/bin/sh\nexit 1\n"}, "net-firewall", Note, "as root"},
-		"no configuration":     {map[string]string{conf: ""}, "net-cni", Costs, "10-lamina.conflist"},
-		"a broken one":         {map[string]string{conf: goodConf[:len(goodConf)-1]}, "net-cni", Broken, "correct it"},
-		"half of one":          {map[string]string{conf: `{"name": "lamina", "cniVersion": "1.1.0", "plugins": [{"type": "lamina-cni"}, {}]}`}, "net-cni", Broken, conf},
-		"another is first":     {map[string]string{"/etc/cni/net.d/05-cilium.conf": `{"name": "c", "type": "cilium-cni", "cniVersion": "1.0.0"}`}, "net-cni", Costs, "05-cilium.conf"},
-		"plugin elsewhere":     {map[string]string{"/opt/cni/bin/lamina-cni": "", "/usr/lib/cni/lamina-cni": "#!", "/usr/bin/containerd": "x"}, "net-plugins", Broken, "ln -s /usr/lib/cni/lamina-cni /opt/cni/bin/"},
-		"plugin of a chain":    {map[string]string{"/opt/cni/bin/portmap": ""}, "net-plugins", Broken, "containernetworking-plugins"},
+		"an old firewall": {map[string]string{"/proc/net/ip_tables_names": "nat\nfilter\n", "/usr/sbin/iptables-legacy": "#!/bin/sh\necho -P FORWARD DROP\n"},
+			"net-firewall", Broken, "iptables-legacy -I FORWARD -o lam+"},
+		"it allows, too": {map[string]string{"/proc/net/ip_tables_names": "filter\n",
+			"/usr/sbin/iptables-legacy": "#!/bin/sh\nprintf '%s\\n' '-P FORWARD DROP' '-A FORWARD -o lam+ -j ACCEPT' '-A FORWARD -i lam+ -j ACCEPT'\n"}, "net-firewall", OK, "no other"},
+		"it allows":         {map[string]string{"/usr/sbin/nft": dropping(`iifname "lam*" accept oifname "lam*" accept`)}, "net-firewall", OK, "no other"},
+		"nft fails":         {map[string]string{"/usr/sbin/nft": "#!/bin/sh\nexit 1\n"}, "net-firewall", Note, "as root"},
+		"no configuration":  {map[string]string{conf: ""}, "net-cni", Costs, "10-lamina.conflist"},
+		"a broken one":      {map[string]string{conf: goodConf[:len(goodConf)-1]}, "net-cni", Broken, "correct it"},
+		"half of one":       {map[string]string{conf: `{"name": "lamina", "cniVersion": "1.1.0", "plugins": [{"type": "lamina-cni"}, {}]}`}, "net-cni", Broken, conf},
+		"another is first":  {map[string]string{"/etc/cni/net.d/05-cilium.conf": `{"name": "c", "type": "cilium-cni", "cniVersion": "1.0.0"}`}, "net-cni", Costs, "05-cilium.conf"},
+		"plugin elsewhere":  {map[string]string{"/opt/cni/bin/lamina-cni": "", "/usr/lib/cni/lamina-cni": "#!", "/usr/bin/containerd": "x"}, "net-plugins", Broken, "ln -s /usr/lib/cni/lamina-cni /opt/cni/bin/"},
+		"plugin of a chain": {map[string]string{"/opt/cni/bin/portmap": ""}, "net-plugins", Broken, "containernetworking-plugins"},
 		"containerd's places": {map[string]string{"/etc/containerd/config.toml": "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\n"},
 			"net-plugins", Broken, "mkdir -p /usr/lib/cni && ln -s /opt/cni/bin/lamina-cni /usr/lib/cni/"},
 		"left behind": {map[string]string{"/sys/class/net/flannel.1/mtu": "1450", "/etc/cni/net.d/99-x.conf": "{}"}, "net-leftovers", Note, "interface flannel.1 (flannel)"},

@@ -42,7 +42,7 @@ const (
 
 // Run shows a view in a terminal until q is pressed or ctx ends.
 func Run(ctx context.Context, in io.Reader, out io.Writer, view View, interval time.Duration) error {
-	_, err := tea.NewProgram(&Screen{view: view, interval: interval}, tea.WithContext(ctx), tea.WithInput(in), tea.WithOutput(out)).Run()
+	_, err := tea.NewProgram(NewScreen(view, interval), tea.WithContext(ctx), tea.WithInput(in), tea.WithOutput(out)).Run()
 	if ctx.Err() != nil {
 		return nil // asked to end
 	}
@@ -62,7 +62,7 @@ type Screen struct {
 	turn          int // of the ticks: a changed interval makes the old one void
 }
 
-// NewScreen is for tests.
+// NewScreen makes the screen of a view.
 func NewScreen(view View, interval time.Duration) *Screen {
 	return &Screen{view: view, interval: interval}
 }
