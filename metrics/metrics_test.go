@@ -14,13 +14,6 @@ import (
 	"lamina/pool"
 )
 
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 func sample() []inventory.Mount {
 	st := pool.Status{Mountpoint: "/c1/merged", Device: "0:52", PID: os.Getpid(), Version: "v1", Started: time.Unix(1_700_000_000, 5e8), Transport: "dev",
 		TransportReason: "old kernel", Passthrough: "auto", Format: "sparse", Sketches: 3, Blocks: pool.Blocks{Lower: 7, InTransit: 2, Upper: 5},
