@@ -187,6 +187,9 @@ func TestKubernetes(t *testing.T) {
 	if out, err := other.Command("ping", "-c", "1", "-W", "0.3", late.Addr.String()).CombinedOutput(); err == nil {
 		t.Errorf("a new pod has no policy at first: %s", out)
 	}
+	if out, err := client.Command("ping", "-c", "1", "-W", "10", late.Addr.String()).CombinedOutput(); err != nil {
+		t.Errorf("nobody reaches a new pod: %v: %s", err, out)
+	}
 
 	// The API server goes: everything stays, also over a restart of the agent.
 	eventually(t, "what is known is on disk", func() error {
@@ -212,6 +215,7 @@ func TestKubernetes(t *testing.T) {
 	}
 	must(t, conn.Exchange(10_000))
 	reaches("another pod is still shut out", other, false)
+	n1.Pod(env(kubePod("other", nil))) // one that is known, in a new sandbox
 	unknown := n1.Namespace()
 	unknown.Env = []string{env(kubePod("unknown", nil))}
 	if _, err := unknown.Add(); err == nil || !strings.Contains(err.Error(), "pod shop/unknown is not known from Kubernetes yet") || !strings.Contains(err.Error(), "is the API server running") {

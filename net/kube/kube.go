@@ -90,6 +90,8 @@ type Cluster struct {
 	namespaces cache.SharedInformer
 	policies   cache.SharedInformer
 
+	before []policy.Pod // on disk, when the API server is gone at the start
+
 	nodesChanged, policiesChanged, stateChanged chan struct{} // of capacity one
 
 	mu     sync.Mutex       // what follows
@@ -103,13 +105,15 @@ var (
 	_ policy.Feed    = (*Cluster)(nil)
 )
 
+// quiet keeps client-go from writing to standard error what Keep tells. It may not while a client works.
+var quiet = sync.OnceFunc(func() { klog.SetLogger(logr.Discard()) })
+
 // New makes a Cluster. It does not connect yet.
 func New(opts Options) (*Cluster, error) {
 	if opts.Node == "" {
 		return nil, errors.New("this node's name is missing: give it with --node-name or NODE_NAME")
 	}
-	// What client-go would write to standard error is told by Keep.
-	klog.SetLogger(logr.Discard())
+	quiet()
 	scheme := runtime.NewScheme()
 	if err := errors.Join(corev1.AddToScheme(scheme), networkingv1.AddToScheme(scheme)); err != nil {
 		return nil, err

@@ -36,6 +36,7 @@ func (k *Cluster) Start(c *policy.Controller) error {
 		}
 		c.SetPolicies(old.Policies)
 		c.SetInventory("kubernetes", old.Inventory)
+		k.before = old.Inventory.Pods
 	}
 	k.mu.Lock()
 	k.told = c
@@ -174,6 +175,9 @@ func (k *Cluster) Await(ctx context.Context, namespace, name, uid string) error 
 		if there && isPod(o.(*corev1.Pod), uid) {
 			k.tell()
 			return nil
+		}
+		if !k.synced() && slices.ContainsFunc(k.before, func(p policy.Pod) bool { return p.Namespace == namespace && p.Name == name }) {
+			return nil // its sandbox is made anew: kubelets get no new pods now
 		}
 		if !sleep(ctx, 10*time.Millisecond) {
 			err := fmt.Errorf("pod %s/%s is not known from Kubernetes yet, and so neither are its labels: the runtime tries again", namespace, name)
