@@ -277,8 +277,10 @@ func (n *nets) cni() error {
 	})
 	if err == nil {
 		for _, m := range []*Metric{add, del} {
-			if v, ok := m.Median(fastPath, ""); ok {
-				m.Figure(report.AtMost(fmt.Sprintf("ms: CNI %s, %d in a row, fast path on", m.Name, pods), 1000*v, 50))
+			for _, name := range []string{fastPath, steered} {
+				if v, ok := m.Median(name, ""); ok {
+					m.Figure(report.AtMost(fmt.Sprintf("ms: CNI %s, %d in a row, %s", m.Name, pods, name), 1000*v, 50))
+				}
 			}
 		}
 	}

@@ -160,13 +160,13 @@ func (p *Path) AttachPod(pod Pod) error {
 			return errors.Join(fmt.Errorf("fast path: pod %s: %w", a, err), p.detachPod(pod.Addrs))
 		}
 	}
+	// Attaching waits for the kernel, twice; looking through conntrack takes milliseconds too.
+	forgot := make(chan error, 1)
+	go func() { forgot <- p.forget(touches(pod.Addrs)) }()
 	err := ns.Do(p.o.NS, func() error {
 		return errors.Join(p.attach(IngressLearn, pod.Index, true), p.attach(Egress, pod.Index, true))
 	})
-	if err == nil {
-		err = p.forget(touches(pod.Addrs))
-	}
-	if err != nil {
+	if err = errors.Join(err, <-forgot); err != nil {
 		return errors.Join(fmt.Errorf("fast path: pod %v: %w", pod.Addrs, err), p.detachPod(pod.Addrs))
 	}
 	return nil
