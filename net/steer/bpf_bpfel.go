@@ -32,6 +32,8 @@ type bpfControl struct {
 		_         structs.HostLayout
 		Busy      uint32
 		Receiving uint32
+		Squeezed  uint32
+		Pad       uint32
 		Drained   uint64
 	}
 }

@@ -53,6 +53,7 @@ type cpu struct {
 	number      int
 	busy, total uint64 // since boot, in the unit of /proc/stat
 	receiving   uint64 // the part of busy that was in interrupts, hard and soft
+	squeezes    uint64 // how often it has left packets for later, since boot
 	empty       bool   // nothing waits in its queue of received packets
 }
 
@@ -81,7 +82,7 @@ func readSample() (sample, error) {
 
 func parseSample(softnet, stat []byte) (s sample, err error) {
 	for line := range bytes.Lines(softnet) {
-		const number, input, process, fields = 12, 13, 14, 15 // since Linux 5.14
+		const squeezes, number, input, process, fields = 2, 12, 13, 14, 15 // since Linux 5.14
 		f := strings.Fields(string(line))
 		if len(f) < fields {
 			return nil, fmt.Errorf("/proc/net/softnet_stat: %d fields, not %d", len(f), fields)
@@ -90,8 +91,12 @@ func parseSample(softnet, stat []byte) (s sample, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("/proc/net/softnet_stat: %w", err)
 		}
+		times, err := strconv.ParseUint(f[squeezes], 16, 64)
+		if err != nil {
+			return nil, fmt.Errorf("/proc/net/softnet_stat: %w", err)
+		}
 		zero := func(s string) bool { return strings.Trim(s, "0") == "" }
-		s = append(s, cpu{number: int(n), empty: zero(f[input]) && zero(f[process])})
+		s = append(s, cpu{number: int(n), squeezes: times, empty: zero(f[input]) && zero(f[process])})
 	}
 	for line := range bytes.Lines(stat) {
 		f := strings.Fields(string(line))

@@ -114,6 +114,7 @@ func (h *host) sample() (sample, error) {
 			h.total[c.number] += 1000
 			h.busy[c.number] += 1000 * (*loads)[c.number]
 			s[i].total, s[i].busy, s[i].receiving = h.total[c.number], uint64(h.busy[c.number]), uint64(h.busy[c.number])
+			s[i].squeezes = h.total[c.number] // all the time
 		}
 	}
 	return s, err

@@ -126,7 +126,7 @@ func TestParseSample(t *testing.T) {
 	const stat = "cpu  30 2 30 400 50 6 7 8 0 0\ncpu0 10 1 10 200 20 3 3 4 0 0\ncpu1 1 1 1 1 1 1 1 1 0 0\ncpu2 20 1 20 200 30 3 4 4 0 0\nintr 1 2\n"
 	got, err := parseSample([]byte(softnet), []byte(stat))
 	must(t, err)
-	want := sample{{0, 31, 251, 6, true}, {2, 52, 282, 7, false}}
+	want := sample{{0, 31, 251, 6, 3, true}, {2, 52, 282, 7, 1, false}}
 	if len(got) != 2 || got[0] != want[0] || got[1] != want[1] {
 		t.Errorf("%v, not %v", got, want)
 	}

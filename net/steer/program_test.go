@@ -57,19 +57,21 @@ func newPrograms(t *testing.T) *programs {
 // set is a host of n CPUs that starts with this one; all others have the same load.
 func (p *programs) set(n int, here, others float64) {
 	p.t.Helper()
-	p.loads = map[int]load{p.cpu: {here, here}}
+	p.loads = map[int]load{p.cpu: {busy: here, receiving: here}}
 	cpus := cpuSet{}
 	for i := range n {
 		cpus = append(cpus, p.cpu+i)
 		if i > 0 {
-			p.loads[p.cpu+i] = load{others, others}
+			p.loads[p.cpu+i] = load{busy: others, receiving: others}
 		}
 	}
+	p.control.Load[0].Squeezed = 1
 	must(p.t, p.setCPUs(cpus))
 }
 
 type packet struct {
 	hash, tcIndex uint32
+	gso           uint32
 	iif           uint32
 	segments      uint32
 	data          []byte
@@ -82,6 +84,7 @@ func (p *programs) run(prog *ebpf.Program, k packet) (hash uint32) {
 	binary.NativeEndian.PutUint32(ctx[48:], k.hash) // cb[0]
 	binary.NativeEndian.PutUint32(ctx[52:], k.tcIndex)
 	binary.NativeEndian.PutUint32(ctx[164:], k.segments)
+	binary.NativeEndian.PutUint32(ctx[176:], k.gso)
 	opts := ebpf.RunOptions{Data: k.data, DataOut: make([]byte, len(k.data)+256), Context: ctx, ContextOut: ctxOut}
 	if _, err := prog.Run(&opts); err != nil {
 		p.t.Fatalf("%x: %v", k.data, err)
@@ -362,6 +365,26 @@ func TestStays(t *testing.T) {
 		}
 		p.device(7, 0)
 		c.undo()
+	}
+}
+
+// A CPU that packets keep busy, and that leaves none for later, hands over flows that send much at once and no others.
+func TestOneByOneStays(t *testing.T) {
+	p := newPrograms(t)
+	p.o.worth, p.control.Worth = 0.7, 700
+	p.set(4, 1, 0)
+	p.control.Load[0].Squeezed = 0
+	must(t, p.write())
+	if got := p.nic(1); got != -1 {
+		t.Errorf("one by one: handed to %d", got)
+	}
+	if n := p.reason(VXLAN, Idle); n != 1 {
+		t.Errorf("counted %d", n)
+	}
+	p.device(1, 0)
+	bulk := packet{hash: 5, gso: 10, segments: 2, data: tunnelled(inner(1))}
+	if got := p.rps(p.run(p.prog.TestNic, bulk)); got < 1 {
+		t.Errorf("much at once: %d", got)
 	}
 }
 

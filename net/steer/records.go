@@ -44,7 +44,7 @@ var reasonTexts = [reasons]struct{ name, text string }{
 	Kept:      {"kept", "where its flow's packets may still be"},
 	Steered:   {"steered", "to the less busy of two CPUs"},
 	NoBetter:  {"no_better", "here: neither of two CPUs is much less busy"},
-	Idle:      {"idle", "here: packets do not keep this CPU busy"},
+	Idle:      {"idle", "here: packets do not keep this CPU busy, or come one by one"},
 	Saturated: {"saturated", "here: no CPU has time to spare"},
 	Stale:     {"stale", "here: the agent's heartbeat is missing"},
 	ToBeFast:  {"to_be_fast", "here: the fast path is about to serve its flow"},

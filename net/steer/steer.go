@@ -42,7 +42,7 @@ type options struct {
 	port uint16 // of VXLAN
 
 	heartbeat time.Duration // what is older is missing; 0: 3 s
-	worth     float64       // a CPU that is less busy with packets hands nothing over, 0 to 1; 0: 0.8; negative: each hands over
+	worth     float64       // a CPU that is less busy with packets, or leaves none for later, hands nothing over, 0 to 1; 0: 0.8; negative: each hands over
 	margin    float64       // how much less busy another CPU has to be; 0: 0.3; negative: none
 	threshold float64       // of the host: above it nothing is handed over; 0: 0.85
 }
@@ -63,7 +63,13 @@ func (o *options) fill() {
 }
 
 // load is how busy a CPU is, 0 to 1: with anything, and with packets.
-type load struct{ busy, receiving float64 }
+type load struct {
+	busy, receiving float64
+	squeezed        time.Duration // when it last left packets for later, monotonic; 0: never
+}
+
+// squeezes is how long a CPU counts as one that leaves packets for later.
+const squeezes = time.Second
 
 // steerer is the programs and maps of a host. What is in the kernel outlives it.
 type steerer struct {
@@ -188,7 +194,8 @@ func (s *steerer) watchHits(at time.Duration) error {
 		return nil
 	}
 	for _, n := range s.cpus {
-		if s.control.Saturated == 0 && thousandths(s.loads[n].receiving) >= s.control.Worth {
+		l := s.control.Load[s.control.Place[n]]
+		if s.control.Saturated == 0 && l.Receiving >= s.control.Worth && (l.Squeezed != 0 || s.control.Worth == 0) {
 			s.needed = at
 		}
 	}
@@ -363,6 +370,9 @@ func (s *steerer) look(now sample, at time.Duration) error {
 				l, total := s.loads[c.number], float64(c.total-was.total)
 				l.busy += (float64(c.busy-was.busy)/total - l.busy) / weight
 				l.receiving += (float64(c.receiving-was.receiving)/total - l.receiving) / weight
+				if c.squeezes != was.squeezes {
+					l.squeezed = at
+				}
 				s.loads[c.number] = l
 			}
 		}
@@ -371,6 +381,10 @@ func (s *steerer) look(now sample, at time.Duration) error {
 		}
 		l := &s.control.Load[s.control.Place[c.number]]
 		l.Busy, l.Receiving = thousandths(s.loads[c.number].busy), thousandths(s.loads[c.number].receiving)
+		l.Squeezed = 0
+		if last := s.loads[c.number].squeezed; last != 0 && at-last < squeezes {
+			l.Squeezed = 1
+		}
 		if c.empty {
 			l.Drained = uint64(at - guard)
 		}

@@ -47,7 +47,8 @@ enum reason {
 
 struct load {
 	__u32 busy, receiving; // in 1/1000: with anything, with packets (in interrupts)
-	__u64 drained; // ns, monotonic: what was handed over before has been seen gone
+	__u32 squeezed, pad; // bool: it has left packets for later in the last second
+	__u64 drained;       // ns, monotonic: what was handed over before has been seen gone
 };
 
 // Written by the agent.
@@ -169,7 +170,7 @@ static __always_inline __u32 hash_for(__u32 place, __u32 n, __u64 flow)
 }
 
 // better chooses a CPU for packets of a flow that nothing keeps where they were. old is the place they were, or NOWHERE.
-static __always_inline __u32 better(const struct control *c, __u64 now, __u32 here, __u32 old, __u64 flow, enum reason *why)
+static __always_inline __u32 better(const struct control *c, __u64 now, __u32 here, __u32 old, __u64 flow, bool bulk, enum reason *why)
 {
 	__u32 n = c->cpus, m, a, b, busy, best;
 
@@ -181,8 +182,14 @@ static __always_inline __u32 better(const struct control *c, __u64 now, __u32 he
 		return here;
 	*why = IDLE;
 	busy = c->load[here & (CPUS - 1)].busy;
-	if (c->load[here & (CPUS - 1)].receiving < (old == NOWHERE || old == here ? c->worth : c->worth / 2))
+	// Requests and answers that come one by one can keep a CPU busy too, and are only slower with another one in between.
+	// Flows that send much at once, and CPUs that do not get round to all of it, are not like that.
+	if (old == NOWHERE || old == here) {
+		if (c->load[here & (CPUS - 1)].receiving < c->worth || (c->worth && !bulk && !c->load[here & (CPUS - 1)].squeezed))
+			return here;
+	} else if (c->load[here & (CPUS - 1)].receiving < c->worth / 2) {
 		return here;
+	}
 	*why = NO_BETTER;
 	if (n < 2 || n > CPUS)
 		return here;
@@ -220,7 +227,7 @@ static __always_inline __u32 hash_here(const struct control *c, __u64 flow)
 }
 
 // choose is the hash that takes the packet to the CPU of its next stage. 0: it goes on here.
-static __always_inline __u32 choose(const struct control *c, enum stage stage, __u64 flow, bool keep_off, struct local *local)
+static __always_inline __u32 choose(const struct control *c, enum stage stage, __u64 flow, bool keep_off, bool bulk, struct local *local)
 {
 	__u32 cpu = bpf_get_smp_processor_id(), i = (stage == VXLAN ? 0 : FLOWLETS) + (flow >> 16) % FLOWLETS, here, at, to, n = c->cpus;
 	__u64 *word = bpf_map_lookup_elem(&flowlets, &i), old, new, now = bpf_ktime_get_ns();
@@ -255,7 +262,7 @@ static __always_inline __u32 choose(const struct control *c, enum stage stage, _
 			count(&reasons, stage * REASONS + TO_BE_FAST);
 			return 0;
 		}
-		to = c->number[better(c, now, here, at, flow + (stage != VXLAN), &why) & (CPUS - 1)];
+		to = c->number[better(c, now, here, at, flow + (stage != VXLAN), bulk, &why) & (CPUS - 1)];
 		ran_here = direct && to == cpu;
 	} else {
 		ran_here = direct && ran_here && to == cpu;
@@ -317,7 +324,7 @@ static __always_inline int at_nic(struct __sk_buff *skb)
 		local->pending = 0;
 	flow = flow_of(skb, TUNNEL, c->secret);
 	if (flow)
-		hash = choose(c, VXLAN, flow, skb->tc_index == KEEP_OFF, local);
+		hash = choose(c, VXLAN, flow, skb->tc_index == KEEP_OFF, skb->gso_size, local);
 	else
 		count(&reasons, VXLAN * REASONS + NO_FLOW);
 	if (!hash) {
@@ -343,7 +350,7 @@ static __always_inline int at_device(struct __sk_buff *skb)
 		local->pending -= segments(skb);
 	flow = flow_of(skb, 0, c->secret);
 	if (flow)
-		hash = choose(c, POD, flow, skb->tc_index == KEEP_OFF, 0);
+		hash = choose(c, POD, flow, skb->tc_index == KEEP_OFF, skb->gso_size, 0);
 	else
 		count(&reasons, POD * REASONS + NO_FLOW);
 	bpf_set_hash(skb, hash ? hash : hash_here(c, flow));
@@ -374,7 +381,7 @@ static __always_inline int at_hit(struct __sk_buff *skb)
 	if (c) {
 		flow = flow_of(skb, 0, c->secret);
 		if (flow)
-			hash = choose(c, HITS, flow, false, 0);
+			hash = choose(c, HITS, flow, false, skb->gso_size, 0);
 	}
 	if (!hash)
 		return bpf_redirect_peer(ifindex, 0);
