@@ -138,6 +138,9 @@ func TestRepair(t *testing.T) {
 	must(t, err)
 	defer conn.Close()
 	before := state(n1)
+	if s, err := n1.Status(); err != nil || s.Repairs != 0 {
+		t.Errorf("repairs of a new pod: %+v, %v", s.Repaired, err)
+	}
 	mac2 := "0e:6c:c0:a8:4d:02"
 	for _, command := range []string{
 		"ip link del lamina0",

@@ -76,11 +76,12 @@ type Overlay struct {
 	settle *netlink.Handle // of Settle, which others must not wait for
 	nft    *table
 
-	mu     sync.Mutex
-	peers  []peers.Lease
-	pods   map[string]control.Pod // by ID
-	device netlink.Link           // as last seen; nil before the first Reconcile
-	under  Underlay
+	mu      sync.Mutex
+	peers   []peers.Lease
+	pods    map[string]control.Pod // by ID
+	settled map[string]bool        // pods, by ID, that have been seen with all that they need
+	device  netlink.Link           // as last seen; nil before the first Reconcile
+	under   Underlay
 }
 
 // Underlay is the interface that the node's address is on.
@@ -117,7 +118,7 @@ func New(cfg Config) (*Overlay, error) {
 		nl.Close()
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
-	o := &Overlay{cfg: cfg, nl: nl, settle: settle, pods: map[string]control.Pod{}}
+	o := &Overlay{cfg: cfg, nl: nl, settle: settle, pods: map[string]control.Pod{}, settled: map[string]bool{}}
 	if err := o.preflight(); err != nil {
 		o.Close()
 		return nil, err
@@ -235,6 +236,7 @@ func (o *Overlay) RemovePod(id string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	delete(o.pods, id)
+	delete(o.settled, id)
 }
 
 // findUnderlay finds the interface of the node's address.

@@ -115,7 +115,8 @@ func (o *Overlay) podRoute(dst netip.Prefix) bool {
 	return dst.IsSingleIP() && o.cfg.Self.Prefix.Contains(dst.Addr())
 }
 
-// reconcilePods holds the route and the ARP entry of each pod that has an interface.
+// reconcilePods holds the route and the ARP entry of each pod that has an interface. A new pod's are not repairs: the CNI plugin
+// is about to make them too.
 func (o *Overlay) reconcilePods(c *changes) error {
 	if len(o.pods) == 0 {
 		return nil
@@ -129,7 +130,10 @@ func (o *Overlay) reconcilePods(c *changes) error {
 		if !there {
 			continue
 		}
-		name := p.Address.String()
+		name, all := p.Address.String(), c
+		if !o.settled[p.ID] {
+			c = &changes{}
+		}
 		if link.Attrs().Flags&net.FlagUp == 0 {
 			c.did(func() error { return o.nl.LinkSetUp(link) }, "%s up", p.HostInterface)
 			have.routes[p.Address] = 0 // they go with it
@@ -141,6 +145,11 @@ func (o *Overlay) reconcilePods(c *changes) error {
 		if have.neighs[p.Address] != p.MAC.String() {
 			n := podlink.Neigh(p, link.Attrs().Index)
 			c.did(func() error { return o.nl.NeighSet(&n) }, "ARP entry of pod %s", name)
+		}
+		if c != all {
+			o.settled[p.ID] = len(c.errs) == 0
+			all.errs = append(all.errs, c.errs...)
+			c = all
 		}
 	}
 	return nil
