@@ -308,7 +308,7 @@ func (p *Part) PodAdded(pod control.Pod) error {
 // hold makes a pod's program and masks as they should be, and notes what cannot be.
 func (p *Part) hold(pod control.Pod) {
 	err := p.holdPod(pod)
-	if err == nil {
+	if err == nil || errors.Is(err, unix.ENODEV) { // its interface has just been removed, and it is about to be
 		delete(p.podProblems, pod.ID)
 		return
 	}
