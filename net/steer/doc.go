@@ -19,8 +19,10 @@
 // A flow goes on where it is (hash 0) unless packets keep the CPU busier than options.worth, and either the flow sends much
 // at once (segmentation offload) or the CPU has lately left packets for later (time_squeeze of /proc/net/softnet_stat).
 // Handing over costs an interrupt between CPUs and cold caches, and buys nothing while there is time to spare; requests and
-// answers that come one by one can keep a CPU busy and would only be slower with another one in between. Nor is anything handed over while the whole host is
-// busier than options.threshold. Otherwise two others are looked at, which the flow's hash and the time choose, and the less busy one is taken if it is by
+// answers that come one by one can keep a CPU busy and would only be slower with another one in between. Nor is anything
+// handed over while the whole host is busier than options.threshold.
+//
+// Otherwise two others are looked at, which the flow's hash and the time choose, and the less busy one is taken if it is by
 // options.margin less busy than this one. How busy CPUs are is an average of /proc/stat that the agent writes every
 // [period].
 //
