@@ -17,7 +17,7 @@
 // # Choice
 //
 // A flow goes on where it is (hash 0) unless packets keep the CPU busier than options.worth, and either the flow sends much
-// at once (segmentation offload) or the CPU has lately left packets for later (time_squeeze of /proc/net/softnet_stat).
+// at once (segmentation offload) or the CPU keeps leaving packets for later (time_squeeze of /proc/net/softnet_stat).
 // Handing over costs an interrupt between CPUs and cold caches, and buys nothing while there is time to spare; requests and
 // answers that come one by one can keep a CPU busy and would only be slower with another one in between. Nor is anything
 // handed over while the whole host is busier than options.threshold.

@@ -65,11 +65,12 @@ func (o *options) fill() {
 // load is how busy a CPU is, 0 to 1: with anything, and with packets.
 type load struct {
 	busy, receiving float64
-	squeezed        time.Duration // when it last left packets for later, monotonic; 0: never
+	squeezed        float64 // part of the periods in which it left packets for later
 }
 
-// squeezes is how long a CPU counts as one that leaves packets for later.
-const squeezes = time.Second
+// squeezes is the part of the periods in which a CPU has to leave packets for later to count as one that does not get round
+// to them: now and then any CPU does.
+const squeezes = 0.5
 
 // steerer is the programs and maps of a host. What is in the kernel outlives it.
 type steerer struct {
@@ -370,9 +371,11 @@ func (s *steerer) look(now sample, at time.Duration) error {
 				l, total := s.loads[c.number], float64(c.total-was.total)
 				l.busy += (float64(c.busy-was.busy)/total - l.busy) / weight
 				l.receiving += (float64(c.receiving-was.receiving)/total - l.receiving) / weight
+				left := 0.0
 				if c.squeezes != was.squeezes {
-					l.squeezed = at
+					left = 1
 				}
+				l.squeezed += (left - l.squeezed) / weight
 				s.loads[c.number] = l
 			}
 		}
@@ -382,7 +385,7 @@ func (s *steerer) look(now sample, at time.Duration) error {
 		l := &s.control.Load[s.control.Place[c.number]]
 		l.Busy, l.Receiving = thousandths(s.loads[c.number].busy), thousandths(s.loads[c.number].receiving)
 		l.Squeezed = 0
-		if last := s.loads[c.number].squeezed; last != 0 && at-last < squeezes {
+		if s.loads[c.number].squeezed >= squeezes {
 			l.Squeezed = 1
 		}
 		if c.empty {

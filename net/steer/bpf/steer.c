@@ -47,7 +47,7 @@ enum reason {
 
 struct load {
 	__u32 busy, receiving; // in 1/1000: with anything, with packets (in interrupts)
-	__u32 squeezed, pad; // bool: it has left packets for later in the last second
+	__u32 squeezed, pad; // bool: it keeps leaving packets for later
 	__u64 drained;       // ns, monotonic: what was handed over before has been seen gone
 };
 
