@@ -10,7 +10,7 @@ DOCKERD     ?= github.com/moby/moby/v2/cmd/dockerd@v2.0.0-beta.24
 # Packages whose tests run under the race detector: the ones that share memory between goroutines on a hot path.
 RACE = ./block/... ./union/...
 
-.PHONY: help build test power docker systemd demo bench lint fuzz package install uninstall clean
+.PHONY: help build test power docker systemd kubernetes demo bench lint fuzz package install uninstall clean
 .DEFAULT_GOAL := build
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make power      power cuts of real filesystems, many more than in make test'
 	@echo 'make docker     Docker Engine, built here, on Lamina'
 	@echo 'make systemd    the package in a new Debian 12 that is booted for it'
+	@echo 'make kubernetes Kubernetes'\''s API server, built here, with the network'\''s agent as its client'
 	@echo 'make fuzz       every fuzzer for FUZZTIME ($(FUZZTIME))'
 	@echo 'make lint       gofmt, vet, staticcheck'
 	@echo 'make bench      lamina bench $$(BENCHFLAGS), with what it measures against (BENCHFLAGS=net: the network)'
@@ -53,6 +54,12 @@ systemd: build
 	@scripts/ensure.sh systemd
 	@scripts/own.sh systemd $(GO) test -count=1 -timeout 20m -v -tags systemd ./tests/systemd
 
+# Kubernetes' API server, built by Go, which takes minutes, with what the network's agent is of it.
+kubernetes:
+	@scripts/ensure.sh test
+	@GO="$(GO)" scripts/kube-apiserver.sh
+	@scripts/own.sh kubernetes $(GO) test -count=1 -timeout 10m -v -tags kubernetes ./net/kube -run Real -kube-apiserver $(CURDIR)/bin/kube-apiserver
+
 demo: build
 	@scripts/ensure.sh demo
 	@scripts/demo
@@ -69,6 +76,7 @@ lint:
 	$(GO) vet ./...
 	$(GO) vet -tags docker ./tests/containerd
 	$(GO) vet -tags systemd ./tests/systemd
+	$(GO) vet -tags kubernetes ./net/kube
 	$(GO) run $(STATICCHECK) ./...
 
 fuzz:

@@ -23,7 +23,7 @@ procs() {
 		{ tr '\0' '\n' <"$p/environ"; } 2>/dev/null | grep -qxF "TMPDIR=$run" || continue
 		# A zombie and our own pipeline's children hold nothing.
 		exe=$(readlink "$p/exe" 2>/dev/null) || continue
-		case "$exe" in */lamina | */fuse-overlayfs | *.test | */fio | */containerd | */containerd-shim-runc-v2 | */dockerd | */conmon | */podman | \
+		case "$exe" in */lamina | */fuse-overlayfs | *.test | */fio | */containerd | */containerd-shim-runc-v2 | */dockerd | */kube-apiserver | */conmon | */podman | \
 			*/buildah | */busybox) echo "${p#/proc/}" ;; esac
 	done
 }
