@@ -41,7 +41,7 @@ var netContenders = []netContender{
 	{&Contender{Contender: report.Contender{Name: onHosts, Kind: report.Native, Describes: "the hosts' own network: no pods, no overlay"}}, nil},
 	{&Contender{Contender: report.Contender{Name: onBridges, Kind: report.Overlay, Describes: "pods on a bridge, routes into a VXLAN device, masquerade and conntrack: flannel's VXLAN backend with the CNI plugin bridge"}}, nil},
 	{&Contender{Contender: report.Contender{Name: fastPath, Kind: report.Lamina, Describes: "pods of Lamina's network, fast path on, steering off"}}, []string{"--fastpath=on", "--steering=off"}},
-	{&Contender{Contender: report.Contender{Name: steered, Kind: report.Lamina, Describes: "pods of Lamina's network as it starts by default: fast path and steering"}}, []string{"--fastpath=on", "--steering=auto"}},
+	{&Contender{Contender: report.Contender{Name: steered, Kind: report.Lamina, Describes: "pods of Lamina's network, fast path and steering on"}}, []string{"--fastpath=on", "--steering=on"}},
 	{&Contender{Contender: report.Contender{Name: routedPath, Kind: report.Lamina, Describes: "pods of Lamina's network, ordinary path alone"}}, []string{"--fastpath=off", "--steering=off"}},
 }
 

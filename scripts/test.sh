@@ -25,7 +25,8 @@ step() {
 packages() { "$GO" list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' "$@"; }
 
 raced=$(packages $RACE)
-units=$(packages ./... | grep -v -e '^lamina/tests/' -e '^lamina/fusefs$' | grep -vxF "$raced" || true)
+network=$(packages ./net/...)
+units=$(packages ./... | grep -v -e '^lamina/tests/' -e '^lamina/fusefs$' | grep -vxF -e "$raced" -e "$network" || true)
 
 # Where the kernel does not carry FUSE over io_uring there is one transport to test. (The first open of /dev/fuse loads the
 # module, and tests fail on a kernel that should have it.)
@@ -38,6 +39,8 @@ step "go vet" "$GO" vet ./...
 {
 	# One at a time: mounts of one would live on in mount namespaces that another makes.
 	[ -z "$units" ] || step "packages" "$GO" test -p 1 -timeout 20m $units
+	# Two at a time: each has network namespaces of its own, and waits for kernels and agents most of the time.
+	step "the network" "$GO" test -p 2 -timeout 20m $network
 	step "block and union under the race detector" "$GO" test -race -timeout 20m $raced
 	# One after the other: each has the machine's two cores and its own mounts.
 	for transport in $transports; do

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -14,7 +15,7 @@ import (
 // Steering with the real agent and plugin: pods are steered from their ADD on, with and without the fast path; the agent's
 // death interrupts nothing; and off leaves what was there before.
 func TestSteering(t *testing.T) {
-	c := cluster.New(t, 2, "--fastpath=off")
+	c := cluster.New(t, 2, "--fastpath=off", "--steering=on")
 	a, b := c.Nodes[0], c.Nodes[1]
 	from, to := a.Pod(), b.Pod()
 	masks := func() string {
@@ -63,12 +64,12 @@ func TestSteering(t *testing.T) {
 	must(t, conn.Exchange(1<<16))
 	b.Kill()
 	must(t, conn.Exchange(1<<16))
-	for _, args := range [][]string{{"--fastpath=off"}, {"--fastpath=on"}, {"--fastpath=off", "--steering=static"}} {
+	for _, args := range [][]string{{"--fastpath=off", "--steering=on"}, {"--fastpath=on", "--steering=on"}, {"--fastpath=off", "--steering=static"}} {
 		b.Args = args
 		b.Start()
 		must(t, conn.Exchange(1<<16))
 		talks(t, from.Node, to.Addr, echo, from.Addr)
-		if s := steering(); len(args) == 1 && (s["state"] != "on" || packets() < before) {
+		if s := steering(); args[1] == "--steering=on" && (s["state"] != "on" || packets() < before) {
 			t.Errorf("%v: %v, %v packets after %v", args, s, packets(), before)
 		}
 		b.Kill()
@@ -78,7 +79,11 @@ func TestSteering(t *testing.T) {
 		t.Errorf("off leaves masks %s", off)
 	}
 	must(t, conn.Exchange(1<<16))
-	restart()
+	restart("--steering=auto")
+	if state := steering()["state"].(string); (runtime.NumCPU() < 4) != strings.HasPrefix(state, "off: ") {
+		t.Errorf("auto on %d CPUs: %s", runtime.NumCPU(), state)
+	}
+	restart("--steering=on")
 	eventually(t, "steering again", func() error {
 		if now := masks(); now != on {
 			return fmt.Errorf("masks %s, not %s", now, on)
@@ -91,7 +96,7 @@ func TestSteering(t *testing.T) {
 	}
 	b.Kill()
 	b.Args = []string{"--steering=maybe"}
-	if err := b.Launch(); err == nil || !strings.Contains(err.Error(), "auto, static or off") {
+	if err := b.Launch(); err == nil || !strings.Contains(err.Error(), "auto, on, static or off") {
 		t.Error(errors.Join(errors.New("--steering=maybe"), err))
 	}
 }

@@ -39,7 +39,7 @@ kind: NetworkPolicy
 metadata: {name: web, namespace: shop}
 spec: {podSelector: {matchLabels: {app: web}}, ingress: [{ports: [{port: 7000}]}]}
 `), 0o644))
-	c := cluster.New(t, 2, "--policies", rules)
+	c := cluster.New(t, 2, "--policies", rules, "--steering=on")
 	n1, n2 := c.Nodes[0], c.Nodes[1]
 	n1.Kill()
 	n1.Args = append(n1.Args, "--metrics", "unix:"+socket)

@@ -39,7 +39,7 @@ func BenchmarkModes(b *testing.B) {
 			x.cached()
 			y.cached()
 		}
-		for _, m := range []Mode{Off, Static, Auto} {
+		for _, m := range []Mode{Off, Static, On} {
 			all = append(all, variant{path, m})
 		}
 	}
@@ -62,7 +62,7 @@ func BenchmarkModes(b *testing.B) {
 				}
 				rates[i] = append(rates[i], r.Rate())
 				cpu[i] = append(cpu[i], float64(r.CPU.Microseconds())/float64(r.Count))
-				if v.mode == Auto {
+				if v.mode == On {
 					over[i] = hosts[v.path][1].status().Stages[VXLAN.String()].HandedOver()
 				}
 			}

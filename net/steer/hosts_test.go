@@ -388,7 +388,7 @@ const device = overlay.Device
 
 // Packets run on the CPUs that were chosen for them, in both stages.
 func TestPlacement(t *testing.T) {
-	a, b := newHosts(t, PartOptions{change: eager})
+	a, b := newHosts(t, PartOptions{Mode: On, change: eager})
 	from, to := a.pod(2), b.pod(2)
 	vxlan, inPod := newSpy(t, b.Node, device), newSpy(t, to.Node, "eth0")
 	got := to.listen(t, 7000)
@@ -413,7 +413,7 @@ func TestPlacement(t *testing.T) {
 
 // A CPU that has time to spare hands nothing over, and neither does a host without any, or one without its agent.
 func TestNothingHandedOver(t *testing.T) {
-	a, b := newHosts(t, PartOptions{change: func(o *options) { o.heartbeat = 400 * time.Millisecond }})
+	a, b := newHosts(t, PartOptions{Mode: On, change: func(o *options) { o.heartbeat = 400 * time.Millisecond }})
 	from, to := a.pod(2), b.pod(2)
 	vxlan, inPod := newSpy(t, b.Node, device), newSpy(t, to.Node, "eth0")
 	got, sent := to.listen(t, 7000), uint64(0)
@@ -446,7 +446,7 @@ func TestNothingHandedOver(t *testing.T) {
 
 // What comes from pods of the same host stays on its CPU, though RPS of the pod would spread it.
 func TestLocalStays(t *testing.T) {
-	_, b := newHosts(t, PartOptions{change: eager})
+	_, b := newHosts(t, PartOptions{Mode: On, change: eager})
 	from, to := b.pod(2), b.pod(3)
 	inPod := newSpy(t, to.Node, "eth0")
 	got := to.listen(t, 7000)
@@ -485,7 +485,7 @@ func TestStatic(t *testing.T) {
 
 // Loads that change all the time move flows in both stages, and no packet overtakes another of its flow.
 func TestOrder(t *testing.T) {
-	a, b := newHosts(t, PartOptions{change: eager})
+	a, b := newHosts(t, PartOptions{Mode: On, change: eager})
 	from, to := a.pod(2), b.pod(2)
 	slow(t, b.Node, device) // so that packets wait in a queue while others could overtake them by CPU 0
 	slow(t, to.Node, "eth0")
@@ -533,7 +533,7 @@ func TestOrder(t *testing.T) {
 func (h *host) cached() {
 	h.t.Helper()
 	if h.opts.Pins == "" {
-		h.prepare(PartOptions{})
+		h.prepare(PartOptions{Mode: On})
 	}
 	pins := filepath.Dir(h.opts.Pins)
 	fast := fastpath.NewPart(fastpath.PartOptions{Pins: pins, Mode: fastpath.On, Logf: h.t.Logf})
@@ -557,7 +557,7 @@ func cachedHosts(t *testing.T) (b *host, from, to *pod) {
 	from, to = a.pod(2), b.pod(2)
 	a.cached()
 	b.cached()
-	b.start(Auto)
+	b.start(On)
 	return b, from, to
 }
 
@@ -766,11 +766,11 @@ func TestMasksAndPrograms(t *testing.T) {
 		}
 	}
 	check("before", "2", "0", 0)
-	b.start(Auto)
+	b.start(On)
 	check("auto", all, all, 1)
 	b.stop()
 	check("without the agent", all, all, 1)
-	b.start(Auto)
+	b.start(On)
 	check("another agent", all, all, 1)
 	setMask(t, b.Node, device, nil)
 	setMask(t, p.Node, "eth0", cpuSet{0})
@@ -782,7 +782,7 @@ func TestMasksAndPrograms(t *testing.T) {
 	check("static", first.mask(), second.mask(), 0)
 	b.start(Off)
 	check("off", "2", "0", 0)
-	b.start(Auto)
+	b.start(On)
 	check("auto again", all, all, 1)
 	b.Run("ip", "link", "del", device)
 	_, err = b.overlay.Reconcile()
@@ -791,7 +791,7 @@ func TestMasksAndPrograms(t *testing.T) {
 	check("a new device", all, all, 1)
 	b.start(Off)
 	check("off again", "0", "0", 0)
-	b.start(Auto)
+	b.start(On)
 	b.Run("ip", "link", "del", p.HostInterface)
 	b.overlay.RemovePod(p.ID)
 	must(t, b.part.PodRemoved(p.Pod))
@@ -802,7 +802,7 @@ func TestMasksAndPrograms(t *testing.T) {
 
 // Steering runs behind whoever is at the NIC already, also when they come later.
 func TestBehindOthers(t *testing.T) {
-	_, b := newHosts(t, PartOptions{})
+	_, b := newHosts(t, PartOptions{Mode: On})
 	newSpy(t, b.Node, lab.Nic)
 	must(t, b.part.Refresh())
 	id := func() uint32 {
@@ -822,7 +822,7 @@ func TestBehindOthers(t *testing.T) {
 
 // A pod whose namespace the agent does not see has its network, and is named.
 func TestPodNotSeen(t *testing.T) {
-	_, b := newHosts(t, PartOptions{})
+	_, b := newHosts(t, PartOptions{Mode: On})
 	p := b.pod(2)
 	p.Pod.Netns = "/run/netns/nonesuch"
 	must(t, b.part.PodAdded(p.Pod))

@@ -37,22 +37,27 @@ type PartOptions struct {
 type Mode int
 
 const (
-	Auto   Mode = iota // by load where the kernel can; elsewhere not at all, and Status says why
+	Auto   Mode = iota // On, on hosts of [autoCPUs] or more; on others not at all, and Status says why
+	On                 // by load where the kernel can; elsewhere not at all, and Status says why
 	Static             // the first half of the CPUs for the VXLAN stage, the second for pods, by the kernel's hash
 	Off                // what an earlier agent left is put back
 )
 
-// ParseMode reads auto, static or off.
+// autoCPUs is from how many CPUs on there are some to choose from: with two, the other one is where the programs run that the
+// packets are for, and single flows lost with every second kind of traffic that was measured.
+const autoCPUs = 4
+
+// ParseMode reads auto, on, static or off.
 func ParseMode(s string) (Mode, error) {
 	for m, name := range modeNames {
 		if s == name {
 			return Mode(m), nil
 		}
 	}
-	return Off, fmt.Errorf("%q: use auto, static or off", s)
+	return Off, fmt.Errorf("%q: use auto, on, static or off", s)
 }
 
-var modeNames = []string{Auto: "auto", Static: "static", Off: "off"}
+var modeNames = []string{Auto: "auto", On: "on", Static: "static", Off: "off"}
 
 func (m Mode) String() string { return modeNames[m] }
 
@@ -129,6 +134,9 @@ func (p *Part) start() (err error) {
 	}
 	if len(p.online) < 2 {
 		return fmt.Errorf("%w: this host has one CPU", ErrNotSupported)
+	}
+	if p.opts.Mode == Auto && len(p.online) < autoCPUs {
+		return fmt.Errorf("%w: this host has %d CPUs and handing packets over pays from %d on; --steering=on does it all the same", ErrNotSupported, len(p.online), autoCPUs)
 	}
 	if p.opts.Mode == Static {
 		if err := removePins(p.opts.Pins); err != nil {
@@ -517,7 +525,7 @@ func (p *Part) Status() any {
 	switch {
 	case p.why != nil:
 		s.State = "off: " + p.why.Error()
-	case p.opts.Mode != Auto:
+	case p.opts.Mode == Static || p.opts.Mode == Off:
 		s.State = p.opts.Mode.String()
 	}
 	if p.s == nil {

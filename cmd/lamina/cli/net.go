@@ -108,7 +108,7 @@ The configuration file is TOML whose keys are the names of the flags; what is on
 	fs.IntVar(&a.mtu, "mtu", 0, "MTU of pods in bytes; 0: that of the underlay less 50")
 	fs.DurationVar(&a.holdDown, "hold-down", ipam.HoldDown, "how long the address of a deleted pod is given to no other")
 	fs.StringVar(&a.fastpath, "fastpath", "auto", "let established connections bypass the ordinary path: auto, where the kernel can; on, or do not start; off")
-	fs.StringVar(&a.steering, "steering", "auto", "spread received packets that take the ordinary path over CPUs: auto, by load; static, a part of the CPUs for each stage; off")
+	fs.StringVar(&a.steering, "steering", "auto", "spread received packets that take the ordinary path over CPUs: auto, by load on hosts of four or more; on, on every host; static, a part of the CPUs for each stage; off")
 	fs.StringVar(&a.pins, "pins", fastpath.Pins, "where the maps and links of the fast path and of steering are pinned: a directory in a bpffs, which is mounted above it if nobody has")
 	fs.StringVar(&a.metrics, "metrics", "", "where to answer Prometheus at /metrics: HOST:PORT, or unix:PATH for a socket of root's alone; empty: nowhere")
 	fs.StringVar(&a.socket, "socket", control.Socket, "the unix socket for lamina-cni and lamina net status")
