@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -62,6 +63,7 @@ type Mount struct {
 	flushing atomic.Bool   // the mount is gone
 	gone     chan struct{} // closed when it is
 	done     chan struct{} // closed when everything is flushed, too
+	closing  sync.Mutex    // held while the union is closed, or synced because the end is near
 	err      error         // of the flush; to be read when done is closed
 }
 
@@ -95,7 +97,10 @@ func (in *Mount) end() {
 	in.server.Wait()
 	in.flushing.Store(true)
 	close(in.gone)
-	if err := in.fs.Close(); err != nil {
+	in.closing.Lock()
+	err := in.fs.Close()
+	in.closing.Unlock()
+	if err != nil {
 		in.err = fmt.Errorf("flushing %s: %w", in.Mountpoint, err)
 		in.Logf("%v", in.err)
 	}
@@ -131,6 +136,13 @@ func (in *Mount) Ending() {
 		case <-in.gone: // everything is flushed, or discarded
 			return
 		case <-time.After(100 * time.Millisecond):
+		}
+		in.closing.Lock() // what is closed meanwhile cannot be synced
+		defer in.closing.Unlock()
+		select {
+		case <-in.gone:
+			return
+		default:
 		}
 		if err := in.Sync(); err != nil {
 			in.Logf("%v", err)
