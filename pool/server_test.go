@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -233,7 +234,7 @@ func TestServerReusesMountPoint(t *testing.T) {
 
 // A server that was told to end makes no more mounts, and another one can have its socket while it serves what it must.
 func TestServerToldToEnd(t *testing.T) {
-	r := newRig(t, 2)
+	r := newRig(t, 3)
 	r.do(r.request(OpMount, 0))
 	f, err := os.OpenFile(r.path("0/mnt/file"), os.O_RDWR, 0)
 	must(t, err)
@@ -249,6 +250,14 @@ func TestServerToldToEnd(t *testing.T) {
 	r.do(r.request(OpMount, 1))
 	_, err = f.WriteAt([]byte("late"), 300_000)
 	must(t, err)
+	// It may be killed now: what is on its disk is what another would find.
+	if out, err := exec.Command("cp", "-a", r.path("0/upper")+"/.", r.path("2/upper")).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	r.do(r.request(OpMount, 2))
+	if b, err := os.ReadFile(r.path("2/mnt/file")); err != nil || string(b[300_000:300_004]) != "late" {
+		t.Errorf("written late, and not on disk: %q, %v", b[300_000:300_004], err)
+	}
 	select {
 	case <-old:
 		t.Error("it has ended while somebody uses its mount")
@@ -261,7 +270,7 @@ func TestServerToldToEnd(t *testing.T) {
 	if err != nil || string(b[300_000:300_004]) != "late" {
 		t.Errorf("what was written late: %q, %v", b[300_000:300_004], err)
 	}
-	if list := r.do(Request{Op: OpList}).Mounts; len(list) != 2 {
+	if list := r.do(Request{Op: OpList}).Mounts; len(list) != 3 {
 		t.Errorf("list: %v", list)
 	}
 }
