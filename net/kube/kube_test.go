@@ -30,6 +30,29 @@ func must(t *testing.T, err error) {
 	}
 }
 
+// keeper is somebody whom Keep tells what is wrong: hear is for Keep, and tells waits until it was told something, or that
+// nothing is wrong.
+func keeper(t *testing.T) (tells func(want string), hear func(error)) {
+	var mu sync.Mutex
+	var told error
+	tells = func(want string) {
+		t.Helper()
+		eventually(t, "tells "+want, func() error {
+			mu.Lock()
+			defer mu.Unlock()
+			if (want == "") != (told == nil) || told != nil && !strings.Contains(told.Error(), want) {
+				return fmt.Errorf("told %v", told)
+			}
+			return nil
+		})
+	}
+	return tells, func(err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		told = err
+	}
+}
+
 func eventually(t *testing.T, what string, f func() error) {
 	t.Helper()
 	var err error
@@ -148,20 +171,8 @@ func TestWatch(t *testing.T) {
 	expect("policies cannot be listed", func(u peers.Update) bool {
 		return u.Err != nil && strings.Contains(u.Err.Error(), "networkpolicies") && strings.Contains(u.Err.Error(), "apply the ClusterRole")
 	})
-	var mu sync.Mutex
-	var told error
-	wg.Go(func() { k.Keep(ctx, own, func(err error) { mu.Lock(); defer mu.Unlock(); told = err }) })
-	tells := func(want string) {
-		t.Helper()
-		eventually(t, "tells "+want, func() error {
-			mu.Lock()
-			defer mu.Unlock()
-			if (want == "") != (told == nil) || told != nil && !strings.Contains(told.Error(), want) {
-				return fmt.Errorf("told %v", told)
-			}
-			return nil
-		})
-	}
+	tells, hear := keeper(t)
+	wg.Go(func() { k.Keep(ctx, own, hear) })
 	tells("apply the ClusterRole")
 	srv.Allow(rules)
 	two := peers.Lease{Prefix: netip.MustParsePrefix("10.0.2.0/24"), Node: netip.MustParseAddr("192.0.2.2")}

@@ -194,9 +194,8 @@ spec: {podSelector: {matchLabels: {app: web}}, ingress: [{ports: [{port: http}]}
 	defer cancel()
 	updates, err := k.Watch(ctx)
 	must(t, err)
-	var mu sync.Mutex
-	var told error
-	wg.Go(func() { k.Keep(ctx, own, func(err error) { mu.Lock(); defer mu.Unlock(); told = err }) })
+	tells, hear := keeper(t)
+	wg.Go(func() { k.Keep(ctx, own, hear) })
 	expect := func(what string, want string) {
 		t.Helper()
 		deadline := time.After(time.Minute)
@@ -247,17 +246,6 @@ spec: {podSelector: {matchLabels: {app: web}}, ingress: [{ports: [{port: http}]}
 		}
 		return nil
 	})
-	tells := func(want string) {
-		t.Helper()
-		eventually(t, "tells "+want, func() error {
-			mu.Lock()
-			defer mu.Unlock()
-			if (want == "") != (told == nil) || told != nil && !strings.Contains(told.Error(), want) {
-				return fmt.Errorf("told %v", told)
-			}
-			return nil
-		})
-	}
 	tells("")
 	srv.stop()
 	tells("is the API server running and reachable?")
